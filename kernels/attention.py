@@ -1,0 +1,150 @@
+"""Attention over a snapshot's flat rows and over new tokens, with the log-sum-exp that joins such parts into one.
+
+q [Hq, M, D] is in groups of G heads, one for each KV head; out [Hq, M, Dv] in the dtype of q, lse [Hq, M] float32.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dense import dense_attention_cpu, dense_attention_ref
+from .op import Fn, Op, random
+
+BLOCK = 64  # queries at once in the reference
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def ragged_attention_ref(
+    q: Tensor,  # [Hq, M, D]
+    k: Tensor,  # [E, D], head after head
+    v: Tensor,  # [E, Dv]
+    lens: Sequence[int] | Tensor,  # [H], sum E
+    bias: Tensor | None,  # [E] float32, added to the logits
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """Every query sees every entry of its KV head: the definition. A head without entries gives 0 and -inf."""
+    return _head_by_head(partial(dense_attention_ref, scale=scale), q, k, v, _ints(lens), bias)
+
+
+def ragged_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int] | Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """One flash call for all heads if they are equally long, else one for each."""
+    lens, (q, k, v) = _ints(lens), _unit_stride(q, k, v)
+    shape = len(lens), lens[0]
+    if lens.count(lens[0]) < len(lens):
+        return _head_by_head(partial(dense_attention_cpu, scale=scale), q, k, v, lens, bias)
+    k, v = k.view(*shape, k.shape[1]), v.view(*shape, v.shape[1])
+    return dense_attention_cpu(q, k, v, None if bias is None else bias.view(shape), scale)
+
+
+def causal_attention_ref(
+    q: Tensor,  # [Hq, M, D]
+    k: Tensor,  # [H, M, D]
+    v: Tensor,  # [H, M, Dv]
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """Query i sees the entries j <= i of its KV head: the definition."""
+    groups, keys, values = torch.unflatten(q.float(), 0, (len(k), -1)), k[:, None].float().mT, v[:, None].float()
+    order = torch.arange(k.shape[1], device=k.device)
+    blocks = []
+    for i in torch.split(order, BLOCK):
+        logit = (groups[:, :, i] @ keys * scale).masked_fill(order > i[:, None], -math.inf)  # [H, G, B, M]
+        lse = logit.logsumexp(-1)
+        blocks.append(((logit - lse[..., None]).exp() @ values, lse))
+    out, lse = _cat(blocks, 2)
+    return out.flatten(0, 1).to(q.dtype), lse.flatten(0, 1)
+
+
+def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One flash call."""
+    if k.shape[-1] != v.shape[-1] or not q.numel():
+        return causal_attention_ref(q, k, v, scale)
+    q, k, v = _unit_stride(q, k, v)
+    out, lse = _flash(q[None], k[None], v[None], is_causal=True, scale=scale)
+    return out[0], lse[0]
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:  # [(out [.., Dv], lse [..])] -> the same
+    """Attention over several sets of entries from the attention over each; a part with lse -inf counts for nothing."""
+    out, lse = parts[0]
+    for other, its_lse in parts[1:]:
+        share = torch.sigmoid(its_lse - lse).nan_to_num_()  # nan: neither part saw anything
+        out = torch.lerp(out, other, share.to(out.dtype).unsqueeze(-1))
+        lse = torch.logaddexp(lse, its_lse)
+    return out, lse
+
+
+def _unit_stride(*tensors: Tensor) -> list[Tensor]:
+    # the flash call ignores the last stride
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _head_by_head(
+    attend: Fn, q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    keys, values = torch.split(k[None], lens, 1), torch.split(v[None], lens, 1)
+    biases = [None] * len(lens) if bias is None else torch.split(bias[None], lens, 1)
+    heads = zip(q.chunk(len(lens)), keys, values, biases, strict=True)
+    return _cat([attend(*head) for head in heads], 0)
+
+
+def _cat(parts: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+    return torch.cat([out for out, _ in parts], dim), torch.cat([lse for _, lse in parts], dim)
+
+
+def _ints(lens: Sequence[int] | Tensor) -> list[int]:
+    return lens if isinstance(lens, list) else [int(n) for n in lens]
+
+
+def _ragged_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    lens, G, M, D = case["lens"], case["G"], case["M"], case["D"]
+    generator = torch.Generator().manual_seed(seed)
+    q = random((M, len(lens) * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
+    k = random((sum(lens), D), dtype, generator)
+    v = random((sum(lens), case.get("Dv", D)), dtype, generator)
+    bias = random((sum(lens),), torch.float32, generator) if case["bias"] else None
+    return q, k, v, lens, bias, D**-0.5
+
+
+def _causal_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    H, G, M, D = case["H"], case["G"], case["M"], case["D"]
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((M, H * G, D), (M, H, D), (M, H, case.get("Dv", D)))
+    q, k, v = (random(shape, dtype, generator).transpose(0, 1) for shape in shapes)
+    return q, k, v, D**-0.5
+
+
+ragged_attention = Op(
+    name="ragged_attention",
+    ref=ragged_attention_ref,
+    cpu=ragged_attention_cpu,
+    inputs=_ragged_inputs,
+    cases=(
+        {"lens": [1], "G": 1, "M": 1, "D": 16, "bias": False},
+        {"lens": [129, 129, 129], "G": 3, "M": 1, "D": 64, "bias": True},
+        {"lens": [65, 65], "G": 2, "M": 63, "D": 20, "bias": False},
+        {"lens": [2, 517, 0, 1], "G": 2, "M": 5, "D": 64, "bias": True},
+        {"lens": [63, 1], "G": 4, "M": 1, "D": 80, "bias": False},
+        {"lens": [3, 65], "G": 2, "M": 65, "D": 24, "Dv": 16, "bias": True},
+    ),
+)
+
+causal_attention = Op(
+    name="causal_attention",
+    ref=causal_attention_ref,
+    cpu=causal_attention_cpu,
+    inputs=_causal_inputs,
+    cases=(
+        {"H": 1, "G": 1, "M": 1, "D": 16},
+        {"H": 3, "G": 3, "M": 2, "D": 64},
+        {"H": 2, "G": 4, "M": 129, "D": 80},
+        {"H": 2, "G": 2, "M": 65, "D": 24, "Dv": 16},
+        {"H": 1, "G": 2, "M": 517, "D": 64},
+    ),
+)

@@ -1,0 +1,68 @@
+"""Attention over heads of one length, every query seeing every entry of its KV head, with the log-sum-exp.
+
+q [Hq, M, D] in groups of G heads, one for each KV head; k [H, T, D], v [H, T, Dv], bias [H, T]; any strides.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .op import Op, random
+
+BLOCK = 64  # queries at once in the reference
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def dense_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv] in the dtype of q, [Hq, M] float32
+    """The definition, a block of queries at a time."""
+    groups = q.reshape(len(k), -1, *q.shape[1:]).float()  # [H, G, M, D]
+    blocks = []
+    for start in range(0, q.shape[1], BLOCK):
+        rows = groups[:, :, start : start + BLOCK]
+        logit = rows @ k[:, None].float().mT * scale
+        logit = logit if bias is None else logit + bias[:, None, None]
+        lse = logit.logsumexp(-1)
+        blocks.append(((logit - lse[..., None]).exp() @ v[:, None].float(), lse))
+    out, lse = (torch.cat(part, 2).flatten(0, 1) for part in zip(*blocks, strict=True))
+    return out.to(q.dtype), lse
+
+
+def dense_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """One flash call; the G * M queries of a KV head are its rows, which for few queries is 7 times as fast."""
+    if k.shape[-1] != v.shape[-1] or not q.numel() or not k.numel():
+        return dense_attention_ref(q, k, v, bias, scale)
+    rows = q.reshape(1, len(k), -1, q.shape[-1])
+    mask = None if bias is None else bias[None, :, None]
+    out, lse = _flash(rows, k[None], v[None], attn_mask=mask, scale=scale)
+    return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    H, G, M, T, D = (case[name] for name in ("H", "G", "M", "T", "D"))
+    generator = torch.Generator().manual_seed(seed)
+    q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
+    k, v = (random((H, 2 * T, size), dtype, generator)[:, :T] for size in (D, case.get("Dv", D)))  # a growing buffer
+    bias = random((H, T), torch.float32, generator) if case["bias"] else None
+    return q, k, v, bias, D**-0.5
+
+
+dense_attention = Op(
+    name="dense_attention",
+    ref=dense_attention_ref,
+    cpu=dense_attention_cpu,
+    inputs=_inputs,
+    cases=(
+        {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False},
+        {"H": 3, "G": 3, "M": 1, "T": 129, "D": 64, "bias": True},
+        {"H": 2, "G": 2, "M": 65, "T": 517, "D": 64, "bias": False},
+        {"H": 2, "G": 4, "M": 5, "T": 63, "D": 80, "bias": True},
+        {"H": 2, "G": 2, "M": 3, "T": 65, "D": 24, "Dv": 16, "bias": True},
+    ),
+)

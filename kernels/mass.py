@@ -1,0 +1,97 @@
+"""Attention mass, the attention each key receives from a block of queries: q [Hq, M, D], k [H, T, D] -> [H, T].
+
+mass_j = sum over the queries i, mean over the G heads of a group, of exp(scale * <q_i, k_j> - lse_i). The lse [Hq, M]
+of a query covers all it sees: the masses of a chunk's two parts, earlier keys and its own triangle, simply add up.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .op import Op, random
+
+BLOCK = 64  # queries at once in the reference
+PARTS = 3  # 16-bit numbers that together carry one lse
+LEVER = 64.0  # what those numbers are multiplied by: keeps them inside float16
+NEVER = -6e4  # in the same unit: far below any logit
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def attention_mass_ref(
+    q: Tensor,  # [Hq, M, D]
+    k: Tensor,  # [H, T, D]
+    lse: Tensor,  # [Hq, M] float32, -inf for a query that sees nothing
+    scale: float,
+    causal: bool,  # True: T == M and query i sees the keys j <= i; False: it sees them all
+) -> Tensor:  # [H, T] float32
+    """The definition."""
+    H, T, _ = k.shape
+    q, lse, keys = torch.unflatten(q, 0, (H, -1)), torch.unflatten(lse, 0, (H, -1)), k.float().mT[:, None]
+    mass = torch.zeros(H, T, device=k.device)
+    for i in range(0, q.shape[2], BLOCK):
+        lse_i = lse[:, :, i : i + BLOCK, None]  # [H, G, B, 1]
+        logit = q[:, :, i : i + BLOCK].float() @ keys * scale  # [H, G, B, T]
+        seen = lse_i > -math.inf
+        if causal:
+            order = torch.arange(T, device=k.device)
+            seen = seen & (order <= order[i : i + BLOCK, None])
+        mass += (logit - lse_i).exp().masked_fill(~seen, 0.0).sum((1, 2))
+    return mass / q.shape[1]
+
+
+def attention_mass_cpu(q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool) -> Tensor:  # [H, T] float32
+    """One flash call with the roles swapped: keys ask, queries answer, and the call's own LSE is the log of the mass.
+
+    In the causal case both orders are reversed, which turns "i >= j" into the causality the call knows.
+    """
+    H, T, _ = k.shape
+    if not (T and q.shape[1]):
+        return torch.zeros(H, T)
+    asking, answering = _with_lse(q, k, lse, scale)
+    if causal:
+        asking, answering = asking.flip(1), answering.flip(1)
+    answering = torch.unflatten(answering, 0, (H, -1))  # [H, G, M, D']
+    asking = asking[:, None].expand(-1, answering.shape[1], -1, -1)  # [H, G, T, D']
+    _, log_mass = _flash(asking, answering, answering, is_causal=causal, scale=scale)  # values do not matter here
+    mass: Tensor = log_mass.exp().mean(1)
+    return mass.flip(1) if causal else mass
+
+
+def _with_lse(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:  # [H, T, D'], [Hq, M, D']
+    # extra head dimensions add -lse to the logit; each part is what its predecessors' rounding left over
+    room = PARTS + -(q.shape[-1] + PARTS) % 8
+    tail = torch.nan_to_num(lse / (-scale * LEVER), nan=math.nan, posinf=NEVER, neginf=NEVER)
+    answering = torch.cat([q, q.new_zeros(1).expand(*lse.shape, room)], -1)
+    for part in answering[..., q.shape[-1] :].unbind(-1)[:PARTS]:
+        part.copy_(tail)
+        tail = tail - part
+    return torch.cat([k, k.new_full((1,), LEVER).expand(*k.shape[:2], room)], -1), answering
+
+
+def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    H, G, T, D = case["H"], case["G"], case["T"], case["D"]
+    M = case.get("M", T)
+    generator = torch.Generator().manual_seed(seed)
+    q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
+    k = random((H, T, D), dtype, generator)
+    logit = q.float() @ k.float().repeat_interleave(G, 0).mT * D**-0.5
+    return q, k, torch.cat([logit, torch.ones(H * G, M, 1)], -1).logsumexp(-1), D**-0.5, "M" not in case
+
+
+attention_mass = Op(
+    name="attention_mass",
+    ref=attention_mass_ref,
+    cpu=attention_mass_cpu,
+    inputs=_inputs,
+    cases=(
+        {"H": 1, "G": 1, "T": 1, "D": 16},
+        {"H": 2, "G": 3, "T": 65, "D": 64},
+        {"H": 3, "G": 2, "T": 129, "D": 20},
+        {"H": 2, "G": 1, "T": 2, "D": 80, "M": 63},
+        {"H": 1, "G": 4, "T": 517, "D": 64, "M": 129},
+    ),
+)

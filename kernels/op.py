@@ -1,0 +1,45 @@
+"""An operation with its definition and its faster twins; the one place that chooses between them."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Fn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. Call it: CUDA tensors take `fused`, others `cpu`, and `ref` stands in where a twin is missing.
+
+    inputs: (case, dtype, seed) -> the arguments; used by tests and benchmarks.
+    cases: sizes to try, at least one of them odd.
+    """
+
+    name: str
+    ref: Fn
+    inputs: Callable[..., tuple[Any, ...]]
+    cases: Sequence[Mapping[str, Any]]
+    cpu: Fn | None = None
+    fused: Fn | None = None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.path(args)(*args, **options)
+
+    def path(self, args: Sequence[Any]) -> Fn:
+        """The twin these arguments will take; KVCLI_KERNELS=ref|cpu|triton forces one."""
+        forced = os.environ.get("KVCLI_KERNELS", "")
+        if forced not in ("", "ref", "cpu", "triton"):
+            raise ValueError(f"KVCLI_KERNELS={forced}: write ref, cpu or triton")
+        on_card = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+        chosen = forced or ("triton" if on_card else "cpu")
+        twin = {"ref": self.ref, "cpu": self.cpu, "triton": self.fused}[chosen]
+        return twin or self.ref
+
+
+def random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Seeded normal numbers in any dtype."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float32).to(dtype)

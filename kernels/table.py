@@ -1,0 +1,19 @@
+"""All ops, for tests and benchmarks."""
+
+from .adjacent import adjacent_cosine
+from .attention import causal_attention, ragged_attention
+from .dense import dense_attention
+from .mass import attention_mass
+from .op import Op
+from .runs import merge_runs
+from .window import window_scores
+
+OPS: tuple[Op, ...] = (
+    adjacent_cosine,
+    attention_mass,
+    causal_attention,
+    dense_attention,
+    merge_runs,
+    ragged_attention,
+    window_scores,
+)

@@ -1,0 +1,5 @@
+"""python -m kvcli."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""The command line: finds commands without importing torch, and turns errors into messages and exit codes."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import KvError
+
+COMMANDS = ("prefill", "compress", "resume", "inspect", "verify", "methods")
+
+
+class _Commands(click.Group):
+    """Commands by name, each imported from its own file when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f".{cmd_name}", __name__).command
+        return command
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="kvcli")
+def cli() -> None:
+    """gzip for KV caches: read a document once, keep the model's memory of it, make it small, ask it later.
+
+    \b
+    Example:
+      kvcli prefill report.txt
+      kvcli compress --method kvmerger --budget 0.35
+      kvcli resume --prompt "What changed in Q3?"
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the code the errors define; no traceback without -vv."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(run(args))
+
+
+def run(args: list[str]) -> int:
+    """The exit code of one command; errors go to stderr, with --json also as an object to stdout."""
+    try:
+        cli.main(args=args, prog_name="kvcli", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except BrokenPipeError:
+        # Whatever is still buffered has no reader: let the final flush go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(args, 130, "interrupted")
+    except click.ClickException as error:
+        return _fail(args, error.exit_code, error.format_message(), fix=_see_help(error))
+    except KvError as error:
+        if "-vv" in args:
+            raise
+        return _fail(args, error.exit_code, error.what, error.why, error.fix)
+    except MemoryError:
+        return _fail(args, 1, "out of memory", fix="use a smaller --chunk, a smaller model or a shorter document")
+    except OSError as error:
+        if "-vv" in args:
+            raise
+        return _fail(args, 3, f"{error.filename or 'input or output'}: {error.strerror or error}")
+
+
+def _see_help(error: click.ClickException) -> str:
+    context: Any = getattr(error, "ctx", None)
+    return f"see {context.command_path} --help" if context else "see kvcli --help"
+
+
+def _fail(args: list[str], code: int, what: str, why: str = "", fix: str = "") -> int:
+    from .ui import clean
+
+    lines = [clean(line) for line in (what, why, fix) if line]
+    print("kvcli: " + "\n       ".join(lines), file=sys.stderr)
+    if "--json" in args:
+        error = {"code": code, "what": what, "why": why, "fix": fix}
+        print(json.dumps({"schema": "kvcli.error/1", "error": error}))
+    return code

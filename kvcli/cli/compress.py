@@ -1,0 +1,177 @@
+"""kvcli compress: a snapshot becomes a smaller snapshot. No model is needed."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError
+from . import streams
+from .names import METHODS
+from .ui import Ui, current, output_options, peak_memory, size
+
+if TYPE_CHECKING:
+    from ..budget import Budget
+    from ..pipeline import Plan
+    from ..recipe import Recipe
+
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    done, plus, last = incomplete.rpartition("+")
+    return [done + plus + name for name in METHODS if name.startswith(last)]
+
+
+@click.command(
+    "compress",
+    short_help="Make a snapshot smaller; no model is needed.",
+    epilog="Methods: " + ", ".join(METHODS) + ". `kvcli methods` says more.",
+)
+@click.argument("file", required=False, metavar="[FILE|-]")
+@click.option(
+    "-m",
+    "--method",
+    required=True,
+    metavar="RECIPE",
+    shell_complete=_complete,
+    help="Methods joined by +, with options: snapkv:window=16+adakv.",
+)
+@click.option(
+    "-b",
+    "--budget",
+    multiple=True,
+    metavar="SIZE",
+    help="35%, 0.35, 512 (entries a head) or 64MiB; several give several files.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE|-",
+    help="Where it goes [stdout in a pipe, else a derived name]; {budget} is filled in.",
+)
+@click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw by lot.")
+@click.option("--keep-stats", is_flag=True, help="Keep the statistics, so that the result can be compressed further.")
+@click.option("--dry-run", is_flag=True, help="Say what would be kept and its size; write nothing.")
+@output_options
+def command(file: str | None, method: str, budget: tuple[str, ...], **options: Any) -> None:
+    """Keep the entries that matter, merge or drop the rest, and say what it cost.
+
+    \b
+    Examples:
+      kvcli compress --method kvmerger --budget 0.35
+      kvcli compress report.kv.safetensors -m snapkv+adakv -b 50% -b 35% -b 20%
+    """
+    ui = current()
+    with ui.phases() as phase:
+        phase("loading torch")
+        from ..budget import Budget
+        from ..recipe import Recipe
+
+    recipe = Recipe.parse(method)
+    budgets = _budgets(recipe, [Budget.parse(text) for text in budget])
+    origin = streams.source(file, ui, full=True)
+    targets = [] if options["dry_run"] else _targets(origin, recipe, budgets, options)
+    rows = _compress(ui, origin, recipe, budgets, targets, **options)
+    for row in rows:
+        _show(ui, row)
+    ui.result("kvcli.compress/1", {"rows": rows}, to_stderr=any(not isinstance(target, Path) for target in targets))
+
+
+def _budgets(recipe: "Recipe", budgets: "list[Budget]") -> "list[Budget | None]":
+    if recipe.score is None:
+        if budgets:
+            raise UsageError(f"{recipe} keeps every entry and takes no --budget")
+        return [None]
+    if not budgets:
+        raise UsageError(f"{recipe} needs a --budget", fix="35%, 0.35, 512 (entries a head) or 64MiB")
+    return list(budgets)
+
+
+def _targets(
+    origin: streams.Source, recipe: "Recipe", budgets: "list[Budget | None]", options: dict[str, Any]
+) -> list[streams.Source]:
+    output = options["output"]
+    if output and len(budgets) > 1 and "{budget}" not in output:
+        raise UsageError("several budgets cannot go to one output", fix="write {budget} in its name, or leave -o out")
+    if len(budgets) > 1 and not output and streams.is_piped(sys.stdout):
+        raise UsageError(
+            "several budgets cannot go down one pipe", fix="name the files with -o 'x-{budget}.kv.safetensors'"
+        )
+    targets = []
+    for budget in budgets:
+        text = streams.safe(budget.text) if budget else "all"
+        derived = f"{streams.stem(origin)}.{streams.safe(str(recipe))}-{text}{streams.SUFFIX}"
+        targets.append(streams.target(output and output.replace("{budget}", text), derived, options["force"]))
+    return targets
+
+
+def _compress(
+    ui: Ui,
+    origin: streams.Source,
+    recipe: "Recipe",
+    budgets: "list[Budget | None]",
+    targets: list[streams.Source],
+    *,
+    seed: int,
+    keep_stats: bool,
+    dry_run: bool,
+    force: bool,
+    **_: Any,
+) -> list[dict[str, Any]]:
+    from ..pipeline import carry_out, make_plans
+    from ..storage import Reader
+
+    start = time.perf_counter()
+    with streams.waiting(origin, ui):
+        reader = Reader(origin)
+    with reader, ui.progress("scoring") as tick:
+        snapshot = reader.snapshot()
+        plans = make_plans(snapshot, recipe, budgets, seed=seed, parent=reader.digest, keep_stats=keep_stats, tick=tick)
+        rows = [_row(plan, budget) for plan, budget in zip(plans, budgets, strict=True)]
+        if not dry_run:
+            with ui.progress("writing") as tick:
+                reports = carry_out(snapshot, plans, targets, force=force, tick=tick)
+            for row, report, target in zip(rows, reports, targets, strict=True):
+                numbers = report.nanmean(0).tolist()
+                row["file"] = streams.shown(target)
+                row["output_error"] = None if numbers[0] != numbers[0] else dict(zip(ERRORS, numbers, strict=True))
+    for row in rows:
+        row.update(seconds=time.perf_counter() - start, peak_memory=peak_memory(), bytes_before=reader.header.size)
+    return rows
+
+
+ERRORS = ("q_last_median", "q_last_p95", "q_probe_median", "q_probe_p95")
+
+
+def _row(plan: "Plan", budget: "Budget | None") -> dict[str, Any]:
+    outline = plan.outline
+    total = len(outline.counts) * len(outline.counts[0]) * plan.ask.N
+    return {
+        "recipe": str(plan.recipe),
+        "budget": budget.text if budget else None,
+        "entries": outline.entries,
+        "of": total,
+        "keep": outline.entries / total,
+        "kv_bytes": outline.kv_bytes,
+        "file_bytes": outline.file_bytes,
+    }
+
+
+def _show(ui: Ui, row: dict[str, Any]) -> None:
+    name = row.get("file", "(dry run)")
+    ui.say(
+        f"{name}: {row['entries']:,} of {row['of']:,} entries ({row['keep']:.1%}), {size(row['file_bytes'])} "
+        f"of {size(row['bytes_before'])} in {row['seconds']:.1f} s"
+    )
+    if row["entries"] == row["of"]:
+        ui.say("everything was kept: the budget is no smaller than the document")
+    if error := row.get("output_error"):
+        ui.say(
+            f"attention output error, median and 95th percentile: {error['q_probe_median']:.3f} and "
+            f"{error['q_probe_p95']:.3f} over the document, {error['q_last_median']:.3f} and "
+            f"{error['q_last_p95']:.3f} at its end"
+        )
+    elif "file" in row:
+        ui.say("the output error is not known: this snapshot has no saved queries")

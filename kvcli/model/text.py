@@ -1,0 +1,82 @@
+"""Text to token ids: template, document and question are each encoded once, on their own, and their ids joined."""
+
+from itertools import takewhile
+from typing import Any
+
+from ..errors import InfeasibleError, UsageError
+
+SENTINEL = "kvcli0document0here"
+
+
+def template(tokenizer: Any, chat: bool) -> tuple[str, str]:
+    """The text before the document and the text between a question and its answer.
+
+    Raises InfeasibleError for a chat template that does not pass its content on as it is.
+    """
+    if not (chat and tokenizer.chat_template):
+        return "", "\n"
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": SENTINEL}]
+    try:
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as cause:
+        raise InfeasibleError("the model's chat template failed", str(cause), "leave it out with --raw") from cause
+    pieces = whole.split(SENTINEL)
+    if len(pieces) != 2:
+        why = "it must hold the user's text once and unchanged"
+        raise InfeasibleError("the model's chat template cannot be used", why, "leave it out with --raw")
+    return pieces[0], pieces[1]
+
+
+def document_ids(tokenizer: Any, text: str, chat: bool) -> tuple[list[int], int, str]:
+    """Ids of template and document, how many of them are the template's, and the text that closes a question.
+
+    Raises UsageError for an empty document.
+    """
+    text = text.rstrip()
+    if not text:
+        raise UsageError("the document is empty")
+    head, tail = template(tokenizer, chat)
+    lead = _parsed(tokenizer, head) if head else _opening(tokenizer)
+    return lead + _plain(tokenizer, text + "\n"), len(lead), tail
+
+
+def question_ids(tokenizer: Any, prompt: str, prefix: str, tail: str) -> list[int]:
+    """Ids of a question, of the text that closes it, and of the words its answer is to start with."""
+    return _plain(tokenizer, prompt) + _parsed(tokenizer, tail) + _plain(tokenizer, prefix)
+
+
+def context_length(config: Any) -> int:
+    """Tokens the model can attend to, by its config: tokenizers often do not know."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not length:
+        raise InfeasibleError("the model's config names no context length", "max_position_embeddings is missing")
+    return int(length)
+
+
+def stop_ids(net: Any, tokenizer: Any, tail: str) -> list[int]:
+    """Tokens that end an answer: those of the generation config and the tokenizer, and the one that ends a turn."""
+    ends = net.generation_config.eos_token_id
+    turn = [token for token in _parsed(tokenizer, tail)[:1] if token in tokenizer.all_special_ids]
+    found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, *turn}
+    return sorted(found - {None})
+
+
+def _parsed(tokenizer: Any, text: str) -> list[int]:
+    """Text of a template, in which special tokens mean what they say."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
+    return ids
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    """Text of a user, in which the names of special tokens are only text."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return ids
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """Special tokens the tokenizer puts before any text, such as BOS."""
+    coded = tokenizer("a", return_special_tokens_mask=True)
+    pairs = zip(coded["input_ids"], coded["special_tokens_mask"], strict=True)
+    return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]

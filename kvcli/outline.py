@@ -1,0 +1,53 @@
+"""What a snapshot file will hold, before a byte of it exists: tensors, features, sizes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .header import Spec, encode_header, is_payload
+from .layers import layer_specs, requires_of, spec_of, with_digest
+from .meta import Meta
+from .snapshot import Stats
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The file's metadata, its entries a head, and the shapes of all its tensors."""
+
+    meta: Meta
+    counts: Sequence[Tensor]  # L x [H] int64
+    parts: frozenset[str]  # of pos, bias, span: what is stored of an entry beside k and v
+    specs: tuple[Spec, ...]
+
+    @classmethod
+    def of(
+        cls,
+        meta: Meta,
+        counts: Sequence[Tensor],
+        parts: frozenset[str],
+        stats: Sequence[Stats],
+        extra: Mapping[str, Tensor],
+    ) -> "Outline":
+        """Lay out ids, then the layers, then the tensors of the whole file; `requires` follows from the content."""
+        specs = [Spec("ids", "I32", (meta.seq.tokens,))]
+        for i, count in enumerate(counts):
+            specs += layer_specs(i, count.tolist(), meta, parts, stats[i] if stats else Stats())
+        specs += [spec_of(name, tensor) for name, tensor in extra.items()]
+        return cls(replace(meta, requires=requires_of(specs, meta.encode)), counts, parts, tuple(specs))
+
+    @property
+    def entries(self) -> int:
+        """Entries of all heads and layers."""
+        return sum(int(count.sum()) for count in self.counts)
+
+    @property
+    def file_bytes(self) -> int:
+        """The exact size of the file."""
+        specs = with_digest(self.specs)
+        return len(encode_header(specs, self.meta.to_strings())) + sum(spec.nbytes for spec in specs)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values as they are encoded."""
+        return sum(spec.nbytes for spec in self.specs if is_payload(spec.name))

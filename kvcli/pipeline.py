@@ -1,0 +1,214 @@
+"""Compression in two passes: score, protect, allocate; then reduce, encode, measure, write. One layer at a time."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from .budget import Budget
+from .errors import InfeasibleError, KvError
+from .layers import layer_tensors
+from .metrics import output_error, summary
+from .outline import Outline
+from .recipe import Recipe, evicting
+from .registry import Ask, Scored
+from .snapshot import LayerKV, Snapshot, Stats
+from .storage import Writer
+
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One file to be written: what stays in which head, as the first pass decided."""
+
+    recipe: Recipe
+    ask: Ask
+    scored: Sequence[Scored | None]  # one a layer; None where the layer stays as it is
+    outline: Outline
+    keep_stats: bool
+
+
+def make_plans(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    budgets: Sequence[Budget | None],
+    *,
+    seed: int = 0,
+    parent: str = "",
+    keep_stats: bool = False,
+    tick: Tick = lambda done, total: None,
+) -> list[Plan]:
+    """The first pass: read and score every layer once and decide what each budget keeps; one plan a budget.
+
+    A recipe without a score keeps everything and takes the budget None. `parent` is the input's digest.
+    Raises InfeasibleError for a missing statistic or a budget that cannot be met.
+    """
+    stats = [hollow(snapshot.stats[i]) for i in range(len(snapshot.rows))] if keep_stats else []
+    asks = [_ask(snapshot, recipe, budget, stats, seed) for budget in budgets]
+    lens: list[Tensor] = []
+    scored: list[list[Scored | None]] = [[] for _ in asks]
+    for i in range(len(snapshot.rows)):
+        kv = snapshot.layer(i)
+        lens.append(kv.lens)
+        for mine, part in zip(scored, _score_layer(snapshot, recipe, i, kv, asks), strict=True):
+            mine.append(part)
+        tick(i + 1, len(snapshot.rows))
+    plans = []
+    for ask, mine, budget in zip(asks, scored, budgets, strict=True):
+        counts, used = _allocate(recipe, mine, lens, ask)
+        entry = {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}
+        plans.append(Plan(used, ask, mine, _outline(snapshot, used, counts, stats, entry), keep_stats))
+    return plans
+
+
+def carry_out(
+    snapshot: Snapshot,
+    plans: Sequence[Plan],
+    targets: Sequence[Path | BinaryIO],
+    *,
+    force: bool = False,
+    tick: Tick = lambda done, total: None,
+) -> list[Tensor]:
+    """The second pass: read every layer once and write it to all targets; returns a report [L, 4] for each.
+
+    The report holds the output error of `q_last` (median, 95th percentile) and of `q_probe`; NaN without queries.
+    """
+    reports = [torch.full((len(snapshot.rows), 4), torch.nan) for _ in plans]
+    with ExitStack() as stack:
+        outs = []
+        for plan, target in zip(plans, targets, strict=True):
+            outs.append(stack.enter_context(Writer(target, plan.outline.specs, plan.outline.meta, force=force)))
+            outs[-1].put("ids", snapshot.ids)
+        for i in range(len(snapshot.rows)):
+            kv, stats = snapshot.layer(i), snapshot.stats[i]
+            for plan, out, report in zip(plans, outs, reports, strict=True):
+                report[i] = _write_layer(plan, i, kv, stats, out)
+            del kv, stats
+            tick(i + 1, len(snapshot.rows))
+        for out, report in zip(outs, reports, strict=True):
+            for name, tensor in _globals(snapshot, report).items():
+                out.put(name, tensor)
+    return reports
+
+
+def protect(scored: Scored, kv: LayerKV, ask: Ask) -> Scored:
+    """Sinks and newest entries must stay (+inf); padding never does (-inf)."""
+    kept = (kv.pos < ask.sink) | (kv.pos >= ask.N - ask.recent)
+    return replace(scored, score=scored.score.masked_fill(kept, torch.inf).masked_fill(~kv.real, -torch.inf))
+
+
+def hollow(stats: Stats) -> Stats:
+    """The same shapes and dtypes without the numbers."""
+    return Stats(**{name: part.to("meta") for name, part in stats.present().items()})
+
+
+def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Sequence[Stats], seed: int) -> Ask:
+    meta = snapshot.meta
+    N, H, L, lead = meta.seq.tokens, meta.layout.heads, len(meta.held), meta.seq.lead
+
+    def size_of(B: int) -> int:
+        uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B else [B] * H)
+        counts = [uneven if i in meta.held else torch.full((H,), N) for i in range(meta.layout.layers)]
+        outline = _outline(snapshot, recipe, counts, stats, {"budget": "9" * 64, "parent": "9" * 64})
+        return outline.file_bytes + 8 * len(outline.specs)  # offsets of another distribution may be a digit longer
+
+    B = budget.per_head(N, L * H, size_of) if budget else N
+    sink = min(max(4, lead), B // 8) if recipe.sink is None else recipe.sink
+    recent = min(32, B // 4) if recipe.recent is None else recipe.recent
+    if sink + recent > B and B < N:
+        raise InfeasibleError(
+            f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head",
+            fix="raise the budget or protect less",
+        )
+    return Ask(-1, L, L * H * B, B, N, sink, recent, lead, meta.layout.scale, seed)
+
+
+def _score_layer(snapshot: Snapshot, recipe: Recipe, i: int, kv: LayerKV, asks: Sequence[Ask]) -> list[Scored | None]:
+    if recipe.score is None or i not in snapshot.meta.held:
+        return [None] * len(asks)
+    stats = snapshot.stats[i]
+    _check_stats(recipe, stats, i)
+    raw: Scored | None = None
+    result: list[Scored | None] = []
+    for ask in asks:
+        if raw is None or recipe.score.stage.by_budget:
+            raw = recipe.score(kv, stats, replace(ask, layer=i))
+        if bool(raw.score[kv.real].isnan().any()):
+            raise KvError(f"layer {i}: the score of {recipe} is not a number", "the snapshot holds NaN or infinity")
+        result.append(protect(raw, kv, ask))
+    return result
+
+
+def _check_stats(recipe: Recipe, stats: Stats, layer: int) -> None:
+    missing = [need for need in recipe.needs if need not in stats.present()]
+    if missing:
+        raise InfeasibleError(
+            f"{recipe} needs {', '.join(missing)}, which layer {layer} of this snapshot does not have",
+            "compressed files drop their statistics unless made with kvcli compress --keep-stats",
+            "compress the full snapshot, or make this one again with --keep-stats",
+        )
+
+
+def _allocate(
+    recipe: Recipe, scored: Sequence[Scored | None], lens: list[Tensor], ask: Ask
+) -> tuple[list[Tensor], Recipe]:
+    held = [i for i, part in enumerate(scored) if part is not None]
+    if ask.n >= sum(int(lens[i].sum()) for i in held):
+        return lens, evicting(recipe)
+    counts = list(lens)
+    shared = recipe.allocate([scored[i] for i in held], ask.n, ask)
+    if sum(int(count.sum()) for count in shared) != ask.n:
+        raise ValueError(f"{recipe.allocate.stage.name} did not share out exactly {ask.n} entries")
+    for i, count in zip(held, shared, strict=True):
+        counts[i] = count
+    return counts, recipe
+
+
+def _outline(
+    snapshot: Snapshot, recipe: Recipe, counts: Sequence[Tensor], stats: Sequence[Stats], entry: dict[str, object]
+) -> Outline:
+    N, heads = snapshot.meta.seq.tokens, snapshot.meta.layout.heads
+    whole = all(bool((count == N).all()) for count in counts)
+    parts = set(recipe.reduce.stage.adds(**recipe.reduce.options)) | (set() if whole else {"pos"})
+    parts |= {"bias", "span"} & set(snapshot.meta.requires)
+    entry = {**entry, "entries": sum(int(count.sum()) for count in counts), "of": N * heads * len(counts)}
+    meta = replace(snapshot.meta, history=(*snapshot.meta.history, entry), encode=recipe.encode.text)
+    extra = _globals(snapshot, torch.empty(len(counts), 4))
+    return Outline.of(meta, counts, frozenset(parts), stats, extra)
+
+
+def _globals(snapshot: Snapshot, report: Tensor) -> dict[str, Tensor]:
+    """Tensors of the whole file; what a later version keeps of a layer (`L000.stat.*`) no longer fits its entries."""
+    whole = {name: part for name, part in snapshot.extra.items() if name != "report" and not name.startswith("L")}
+    return {**whole, "report": report}
+
+
+def _write_layer(plan: Plan, i: int, kv: LayerKV, stats: Stats, out: Writer) -> Tensor:  # -> [4]
+    scored, recipe, ask = plan.scored[i], plan.recipe, replace(plan.ask, layer=i)
+    small, kept = kv, scored
+    if scored is not None:
+        small, pivot = recipe.reduce(kv, stats, scored, plan.outline.counts[i], ask)
+        kept = replace(scored, score=scored.score.gather(1, pivot.clamp(min=0)))
+        if not torch.equal(small.lens, plan.outline.counts[i]):
+            raise ValueError(f"{recipe.reduce.stage.name} did not return the asked number of entries")
+    rows = small.rows()
+    payload = recipe.encode(small, kept, ask)
+    for name, tensor in layer_tensors(i, payload, rows, plan.outline.parts, stats if plan.keep_stats else Stats()):
+        out.put(name, tensor)
+    k, v = recipe.encode.part("decode", payload, rows.lens)
+    return _measure(stats, kv, LayerKV.from_rows(replace(rows, k=k, v=v)), ask.scale)
+
+
+def _measure(stats: Stats, before: LayerKV, after: LayerKV, scale: float) -> Tensor:  # -> [4]
+    numbers: list[float] = []
+    for q, q_pos in ((stats.q_last, stats.q_last_pos), (stats.q_probe, stats.q_probe_pos)):
+        if q is None or q_pos is None:
+            numbers += [torch.nan, torch.nan]
+        else:
+            numbers += summary(output_error(q, q_pos, before, after, scale))
+    return torch.tensor(numbers)

@@ -1,0 +1,167 @@
+"""Text <-> recipe: which score, allocation, reduction and encoding, each with its options."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any
+
+from .errors import UsageError
+from .registry import KINDS, Kind, Option, Stage, named
+
+GENERIC = ("sink", "recent")
+DEFAULTS: dict[Kind, str] = {"allocate": "uniform", "reduce": "evict", "encode": "raw"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage with its options resolved."""
+
+    stage: Stage
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.stage(*args, **self.options)
+
+    @property
+    def text(self) -> str:
+        """As it is written in a recipe."""
+        changed = [f"{key}={str(value).lower()}" for key, value in self.options.items()]
+        return ":".join(filter(None, (self.stage.name, ",".join(changed))))
+
+    def part(self, name: str, *args: Any) -> Any:
+        """Call a function that the stage carries beside its own, such as `shapes`."""
+        return self.stage.parts[name](*args, **self.options)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Four steps. Without a score every entry stays, and only the encoding matters."""
+
+    text: str
+    score: Step | None
+    allocate: Step
+    reduce: Step
+    encode: Step
+    sink: int | None = None
+    recent: int | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics some step reads."""
+        steps = [step for step in (self.score, self.allocate, self.reduce, self.encode) if step]
+        return tuple(dict.fromkeys(need for step in steps for need in step.stage.needs))
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """`name[:option=value,...]` joined by `+`; the first name to bring a kind of stage wins.
+
+        `score=`, `allocate=`, `reduce=` or `encode=` before a name takes that stage only, and overrides.
+        Raises UsageError naming the part that is wrong.
+        """
+        filled: dict[Kind, Step] = {}
+        forced: dict[Kind, Step] = {}
+        generic: dict[str, int] = {}
+        words = text.replace(" ", "").split("+")
+        for word in words:
+            kind, steps, common = _part(word)
+            generic.update(common)
+            if kind:
+                forced[kind] = steps[kind]
+            else:
+                filled = {**steps, **filled}
+        return _assemble("+".join(words), {**filled, **forced}, generic)
+
+
+def _assemble(text: str, steps: dict[Kind, Step], generic: dict[str, int]) -> Recipe:
+    score = steps.get("score")
+    if score is None and (lost := [kind for kind in KINDS[1:3] if kind in steps]):
+        name = steps[lost[0]].stage.name
+        raise UsageError(
+            f"recipe {text!r} names no score", f"{name} needs one to work on", f"put one before it: snapkv+{name}"
+        )
+    for step in steps.values():
+        if step.stage.after and score and score.stage.name != step.stage.after:
+            raise UsageError(
+                f"recipe {text!r}: {step.stage.kind} {step.stage.name} does not fit score {score.stage.name}",
+                f"it relies on what the score of {step.stage.after} means",
+            )
+    allocate, reduce, encode = (steps.get(kind) or _default(kind, name) for kind, name in DEFAULTS.items())
+    return Recipe(text, score, allocate, reduce, encode, generic.get("sink"), generic.get("recent"))
+
+
+def _default(kind: Kind, name: str) -> Step:
+    stage = named(name)[kind]
+    return Step(stage, {key: option.default for key, option in stage.options.items()})
+
+
+def evicting(recipe: Recipe) -> Recipe:
+    """The same recipe with plain eviction: what keeping everything comes to."""
+    return replace(recipe, reduce=_default("reduce", DEFAULTS["reduce"]))
+
+
+def _part(word: str) -> tuple[Kind | None, dict[Kind, Step], dict[str, int]]:
+    head, _, tail = word.partition(":")
+    before, equals, name = head.rpartition("=")
+    kind: Kind | None = next((kind for kind in KINDS if kind == before), None)
+    if (equals and kind is None) or not name:
+        raise UsageError(f"--method: cannot read {word!r}", fix="write name:option=value, joined by +")
+    stages = named(name)
+    if kind:
+        if kind not in stages:
+            raise UsageError(f"--method {word!r}: {name} has no {kind}", f"it has {', '.join(stages)}")
+        stages = {kind: stages[kind]}
+    given = _pairs(word, tail)
+    generic = {key: _number(word, key, given.pop(key)) for key in GENERIC if key in given}
+    _check_names(word, name, stages, given)
+    return kind, {kind: Step(stage, _resolve(word, stage, given)) for kind, stage in stages.items()}, generic
+
+
+def _pairs(word: str, tail: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in filter(None, tail.split(",")):
+        key, equals, value = item.partition("=")
+        if key in pairs:
+            raise UsageError(f"--method {word!r}: option {key} is given twice")
+        pairs[key] = value if equals else "true"
+    return pairs
+
+
+def _check_names(word: str, name: str, stages: Mapping[Kind, Stage], given: Mapping[str, str]) -> None:
+    known = sorted({key for stage in stages.values() for key in stage.options} | set(GENERIC))
+    for key in given:
+        if key not in known:
+            near = get_close_matches(key, known, n=3) or known
+            raise UsageError(f"--method {word!r}: {name} has no option {key!r}", f"did you mean {' or '.join(near)}?")
+
+
+def _resolve(word: str, stage: Stage, given: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        key: _value(word, key, given[key], option) if key in given else option.default
+        for key, option in stage.options.items()
+    }
+
+
+def _value(word: str, key: str, text: str, option: Option) -> Any:
+    if option.choices:
+        if text not in option.choices:
+            raise UsageError(f"--method {word!r}: {key}={text!r}", f"{key} is one of {', '.join(option.choices)}")
+        return text
+    if isinstance(option.default, bool):
+        if text not in ("true", "false"):
+            raise UsageError(f"--method {word!r}: {key}={text!r}", f"{key} is true or false")
+        return text == "true"
+    try:
+        return type(option.default)(text)
+    except ValueError as cause:
+        what = "a whole number" if isinstance(option.default, int) else "a number"
+        raise UsageError(f"--method {word!r}: {key}={text!r}", f"{key} is {what}") from cause
+
+
+def _number(word: str, key: str, text: str) -> int:
+    value: int = _value(word, key, text, Option(0))
+    if value < 0:
+        raise UsageError(f"--method {word!r}: {key}={text!r}", f"{key} is a number of tokens, 0 or more")
+    return value

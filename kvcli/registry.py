@@ -1,0 +1,168 @@
+"""The table of stages: decorators that fill it, and discovery of `methods/`; knows no single method."""
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, get_args, get_origin
+
+from torch import Tensor
+
+from .errors import UsageError
+
+Kind = Literal["score", "allocate", "reduce", "encode"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# Functions a kind of stage may carry beside its own, each with a decorator of that name.
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of a stage, the same for all heads of a layer."""
+
+    layer: int
+    L: int  # layers
+    n: int  # entries for the whole file
+    B: int  # entries a head
+    N: int  # tokens of the full document
+    sink: int  # first tokens that always stay
+    recent: int  # newest tokens that always stay
+    lead: int  # template tokens before the document
+    scale: float  # attention scale
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How much each entry matters: higher stays, +inf must stay, -inf is padding."""
+
+    score: Tensor  # [H, T] float32
+    weight: Tensor | None = None  # for the allocator and the reducer of the same method
+    count: Tensor | None = None  # [H] where a score fixes its own sizes
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a stage: its default gives the type, `choices` the only words allowed."""
+
+    default: Any
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A registered function of one kind; call it as the function itself."""
+
+    kind: Kind
+    name: str
+    fn: Callable[..., Any]
+    needs: tuple[str, ...] = ()  # statistics
+    paper: str = ""
+    after: str = ""  # the score whose meaning it relies on
+    by_budget: bool = False  # the result depends on the budget
+    adds: Callable[..., tuple[str, ...]] = lambda **_: ()  # (**options) -> parts of an entry a reducer adds: bias, span
+    options: Mapping[str, Option] = field(default_factory=dict)
+    parts: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.fn(*args, **options)
+
+    @property
+    def help(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.fn) or "").split("\n")[0]
+
+    def decoder(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the inverse of an encoder: ({name: tensor}, lens [H], **options) -> k [E, D], v [E, Dv]."""
+        self.parts["decode"] = fn
+        return fn
+
+    def shapes(self, fn: Callable[..., Shapes]) -> Callable[..., Shapes]:
+        """Register what an encoder will write: (lens, layout, **options) -> {name: (dtype, shape)}."""
+        self.parts["shapes"] = fn
+        return fn
+
+
+_table: dict[tuple[Kind, str], Stage] = {}
+
+
+def _register(kind: Kind, name: str, **facts: Any) -> Callable[[Callable[..., Any]], Stage]:
+    def decorate(fn: Callable[..., Any]) -> Stage:
+        stage = Stage(kind, name or fn.__module__.rsplit(".", 1)[-1], fn, options=_options(fn), **facts)
+        if (kind, stage.name) in _table:
+            raise ValueError(f"{kind} {stage.name} is registered twice")
+        if not stage.help:
+            raise ValueError(f"{kind} {stage.name} has no docstring")
+        _table[kind, stage.name] = stage
+        return stage
+
+    return decorate
+
+
+def _options(fn: Callable[..., Any]) -> dict[str, Option]:
+    options = {}
+    for param in inspect.signature(fn, eval_str=True).parameters.values():
+        if param.kind is param.KEYWORD_ONLY:
+            words = get_args(param.annotation) if get_origin(param.annotation) is Literal else ()
+            options[param.name] = Option(param.default, words)
+    return options
+
+
+Decorator = Callable[[Callable[..., Any]], Stage]
+
+
+def score(*, name: str = "", needs: tuple[str, ...] = (), paper: str = "", by_budget: bool = False) -> Decorator:
+    """(kv, stats, ask, **options) -> Scored."""
+    return _register("score", name, needs=needs, paper=paper, by_budget=by_budget)
+
+
+def allocate(*, name: str = "", paper: str = "", after: str = "") -> Decorator:
+    """(L x Scored, n, ask, **options) -> L x [H] int64, adding up to n."""
+    return _register("allocate", name, paper=paper, after=after)
+
+
+def reduce(
+    *,
+    name: str = "",
+    needs: tuple[str, ...] = (),
+    paper: str = "",
+    after: str = "",
+    adds: Callable[..., tuple[str, ...]] = lambda **_: (),
+) -> Decorator:
+    """(kv, stats, scored, count [H], ask, **options) -> LayerKV, pivots [H, n] (index in the input, -1 padding)."""
+    return _register("reduce", name, needs=needs, paper=paper, after=after, adds=adds)
+
+
+def encode(*, name: str = "", paper: str = "") -> Decorator:
+    """(kv, scored, ask, **options) -> {name: tensor}; give it a `.decoder` and `.shapes` too."""
+    return _register("encode", name, paper=paper)
+
+
+@cache
+def _discover() -> None:
+    methods = import_module(".methods", __package__)
+    for module in pkgutil.iter_modules(methods.__path__):
+        import_module(f"{methods.__name__}.{module.name}")
+
+
+def stages() -> list[Stage]:
+    """Every stage, by name and then in the order of the pipeline."""
+    _discover()
+    return sorted(_table.values(), key=lambda stage: (stage.name, KINDS.index(stage.kind)))
+
+
+def named(name: str) -> dict[Kind, Stage]:
+    """The stages of a method by kind; UsageError with the near names if there is none."""
+    found = {stage.kind: stage for stage in stages() if stage.name == name}
+    if not found:
+        names = sorted({stage.name for stage in stages()})
+        near = get_close_matches(name, names, n=3)
+        raise UsageError(
+            f"no method is called {name!r}",
+            f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}",
+            "kvcli methods lists them with their options",
+        )
+    return found

@@ -1,0 +1,148 @@
+"""The snapshot as a value: padded heads and flat rows, statistics, and the whole; knows tensors, no files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .meta import Meta
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One layer as flat rows, head after head: E entries in all, `lens` of them in each of the H heads."""
+
+    k: Tensor  # [E, D]
+    v: Tensor  # [E, Dv]
+    pos: Tensor  # [E] int32
+    lens: Tensor  # [H] int64
+    bias: Tensor | None = None  # [E] float32
+    span: Tensor | None = None  # [E] int32
+
+    def __post_init__(self) -> None:
+        entries = int(self.lens.sum())
+        for name in ("k", "v", "pos", "bias", "span"):
+            part = getattr(self, name)
+            if part is not None and part.shape[0] != entries:
+                raise ValueError(f"{name} has {part.shape[0]} rows, lens add up to {entries}")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all heads hold the same number of entries."""
+        return bool((self.lens == self.lens[0]).all())
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer, heads padded to the longest: padding comes last in a head and has position -1."""
+
+    k: Tensor  # [H, T, D]
+    v: Tensor  # [H, T, Dv]
+    pos: Tensor  # [H, T] int32
+    bias: Tensor | None = None  # [H, T] float32
+    span: Tensor | None = None  # [H, T] int32
+
+    def __post_init__(self) -> None:
+        for name in ("k", "v", "pos", "bias", "span"):
+            part = getattr(self, name)
+            if part is not None and part.shape[:2] != self.pos.shape:
+                raise ValueError(f"{name} is {tuple(part.shape)}, positions are {tuple(self.pos.shape)}")
+
+    @property
+    def real(self) -> Tensor:  # [H, T] bool
+        """Which slots hold an entry."""
+        return self.pos >= 0
+
+    @property
+    def lens(self) -> Tensor:  # [H] int64
+        return self.real.sum(1)
+
+    def rows(self) -> Rows:
+        """The same entries without padding; a view when no head is padded."""
+        real, lens = self.real, self.lens
+        if bool(real.all()):
+            return Rows(lens=lens, **{name: part.flatten(0, 1) for name, part in _parts(self)})
+        return Rows(lens=lens, **{name: part[real] for name, part in _parts(self)})
+
+    @classmethod
+    def from_rows(cls, rows: Rows) -> "LayerKV":
+        """Padded heads from flat rows; a view when all heads are of one length."""
+        heads, longest = len(rows.lens), int(rows.lens.max())
+        if rows.uniform:
+            return cls(**{name: part.reshape(heads, longest, *part.shape[1:]) for name, part in _parts(rows)})
+        real = torch.arange(longest, device=rows.pos.device) < rows.lens[:, None].to(rows.pos.device)
+        padded = {}
+        for name, part in _parts(rows):
+            padded[name] = part.new_full((heads, longest, *part.shape[1:]), -1 if name == "pos" else 0)
+            padded[name][real] = part
+        return cls(**padded)
+
+
+def _parts(layer: Rows | LayerKV) -> list[tuple[str, Tensor]]:
+    every = ((name, getattr(layer, name)) for name in ("k", "v", "pos", "bias", "span"))
+    return [(name, part) for name, part in every if part is not None]
+
+
+def gather(kv: LayerKV, index: Tensor) -> LayerKV:  # [H, n] int64, -1 = padding
+    """The entries named by `index` in each head; index -1 gives padding."""
+    at, real = index.clamp(min=0), index >= 0
+    wide = at[..., None]
+    pos = torch.where(real, kv.pos.gather(1, at), -1)
+    return LayerKV(
+        k=kv.k.gather(1, wide.expand(-1, -1, kv.k.shape[-1])),
+        v=kv.v.gather(1, wide.expand(-1, -1, kv.v.shape[-1])),
+        pos=pos,
+        bias=None if kv.bias is None else kv.bias.gather(1, at),
+        span=None if kv.span is None else kv.span.gather(1, at),
+    )
+
+
+def top_mask(score: Tensor, count: Tensor) -> Tensor:  # [H, T], [H] -> [H, T] bool
+    """The `count` highest scores of each head; of equal scores the lower index."""
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return rank < count[:, None].to(rank.device)
+
+
+def mask_index(mask: Tensor) -> Tensor:  # [H, T] bool -> [H, n] int64
+    """Where each head's mask is set, ascending, padded with -1 to the longest."""
+    lens = mask.sum(1)
+    index = mask.new_full((len(lens), int(lens.max())), -1, dtype=torch.int64)
+    real = torch.arange(index.shape[1], device=mask.device) < lens[:, None]
+    index[real] = mask.nonzero()[:, 1]
+    return index
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What prefill observed in one layer; every field may be absent. Per-token fields are indexed by position."""
+
+    q_last: Tensor | None = None  # [Hq, W, D] the last queries, post-RoPE
+    q_last_pos: Tensor | None = None  # [W] int32
+    q_probe: Tensor | None = None  # [Hq, P, D] queries spread evenly, post-RoPE
+    q_probe_pos: Tensor | None = None  # [P] int32
+    attn_mass: Tensor | None = None  # [H, N] float32, attention received, mean over the group
+    value_norm: Tensor | None = None  # [H, N] float32, 1-norm of v W_O, mean over the group
+
+    def present(self) -> dict[str, Tensor]:
+        """The fields that are there, by name, in the order they are written."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One sequence as a model remembers it. `rows` and `stats` may read a layer when it is asked for.
+
+    extra: tensors of the whole file by their name there: `stat.final_hidden` [d_model],
+        `stat.probe_k`, `stat.probe_v` [L, H, P, D], `report` [L, 4], and those of later versions.
+    """
+
+    meta: Meta
+    ids: Tensor  # [N] int32
+    rows: Sequence[Rows]
+    stats: Sequence[Stats]
+    extra: Mapping[str, Tensor]
+
+    def layer(self, index: int) -> LayerKV:
+        """Layer `index` with padded heads."""
+        return LayerKV.from_rows(self.rows[index])

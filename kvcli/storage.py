@@ -1,0 +1,250 @@
+"""Snapshot <-> bytes: tensors and their digests, written and read a layer at a time."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from types import TracebackType
+from typing import Any, TypeVar
+from weakref import finalize
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_128
+
+from .errors import FormatError
+from .header import Entry, Spec, check_snapshot, encode_header, entry_shape, expect, layer_name
+from .layers import DTYPES, PARTS, encoder, layer_specs, layer_tensors, requires_of, spec_of, with_digest
+from .meta import Meta
+from .snapshot import Rows, Snapshot, Stats
+from .spool import BLOCK, Source, blaming, header_at, open_input, open_output, shown
+
+T = TypeVar("T")
+Tick = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class Writer:
+    """Writes tensors as they come: `with Writer(target, specs, meta) as out: out.put(name, tensor)`.
+
+    target: a path, where the file appears when it is whole, or a binary stream, which is never sought.
+    specs: the tensors in file order; `put` follows them exactly. The digests come last by themselves.
+    Raises StorageError; ValueError for a tensor that is not as announced.
+    """
+
+    def __init__(self, target: Source, specs: Sequence[Spec], meta: Meta, force: bool = False) -> None:
+        every = with_digest(specs)
+        self._header = encode_header(every, meta.to_strings())
+        self._pending = iter(specs)
+        self.size = len(self._header) + sum(spec.nbytes for spec in every)
+        self._session = self._open(target, force)
+
+    @contextmanager
+    def _open(self, target: Source, force: bool) -> Iterator["Writer"]:
+        with open_output(target, self.size, force) as self._write:
+            self._write(self._header)
+            self._digests = bytearray()
+            yield self
+            if missing := next(self._pending, None):
+                raise ValueError(f"{missing.name} was never put")
+            self._write(bytes(self._digests) + xxh3_128(self._header).digest())
+
+    def __enter__(self) -> "Writer":
+        return self._session.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.__exit__(kind, error, trace)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor, which may live on any device."""
+        expected = next(self._pending, None)
+        if expected != (found := spec_of(name, tensor)):
+            raise ValueError(f"expected {expected}, got {found}")
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        data = flat.view(torch.uint8).numpy().data
+        digest = xxh3_128()
+        for at in range(0, len(data), BLOCK):
+            block = data[at : at + BLOCK]
+            digest.update(block)
+            self._write(block)
+        self._digests += digest.digest()
+
+
+def write_snapshot(snapshot: Snapshot, target: Source, force: bool = False) -> int:
+    """Write a whole snapshot as it is, unencoded, and return its size in bytes.
+
+    Positions are left out where they are 0 ... N-1 in every head.
+    """
+    meta = replace(snapshot.meta, encode="raw")
+    specs, stored = [spec_of("ids", snapshot.ids)], []
+    for i, rows in enumerate(snapshot.rows):
+        stored.append(_parts(rows, meta.seq.tokens))
+        specs += layer_specs(i, rows.lens.tolist(), meta, stored[i], snapshot.stats[i])
+    specs += [spec_of(name, tensor) for name, tensor in snapshot.extra.items()]
+    meta = replace(meta, requires=requires_of(specs, "raw"))
+    with Writer(target, specs, meta, force) as out:
+        out.put("ids", snapshot.ids)
+        for i, rows in enumerate(snapshot.rows):
+            shapes = encoder("raw").part("shapes", rows.lens.tolist(), meta.layout)
+            payload = {name: getattr(rows, name).reshape(shape) for name, (_, shape) in shapes.items()}
+            for name, tensor in layer_tensors(i, payload, rows, stored[i], snapshot.stats[i]):
+                out.put(name, tensor)
+        for name, tensor in snapshot.extra.items():
+            out.put(name, tensor)
+    return out.size
+
+
+def _parts(rows: Rows, N: int) -> frozenset[str]:
+    whole = bool((rows.lens == N).all()) and bool((rows.pos.view(-1, N) == torch.arange(N)).all())
+    return frozenset(part for part in PARTS if getattr(rows, part) is not None) - ({"pos"} if whole else set())
+
+
+class Reader:
+    """A snapshot in a file or from a pipe; header and metadata are checked, tensors read and verified when asked for.
+
+    Reading is safe from several threads. `digest` identifies the content. Raises StorageError, FormatError.
+    """
+
+    def __init__(self, source: Source, check: bool = True) -> None:
+        self._fd, self._name = open_input(source), shown(source)
+        self.close = finalize(self, os.close, self._fd)
+        self.header = header_at(self._fd)
+        self.meta = check_snapshot(self.header)
+        self._encoder = encoder(self.meta.encode)
+        self._digests: dict[str, bytes] = {}
+        table = self.tensor("digest").numpy()
+        self.digest: str = xxh3_128(table.data).hexdigest()
+        if check:
+            if xxh3_128(self.header.raw).digest() != table[-1].tobytes():
+                raise FormatError("the snapshot's header is damaged", "its digest does not match")
+            names = [entry.name for entry in self.header.entries[:-1]]
+            self._digests = {name: row.tobytes() for name, row in zip(names, table, strict=False)}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def snapshot(self) -> Snapshot:
+        """Ids and tensors of the whole file at once; layers when they are asked for, anew each time."""
+        layers = range(self.meta.layout.layers)
+        known = {"ids", "digest"}.union(*(self._known(i) for i in layers))
+        extra = {e.name: self.tensor(e.name) for e in self.header.entries if e.name not in known}
+        return Snapshot(self.meta, self.tensor("ids"), _Lazy(layers, self.rows), _Lazy(layers, self.stats), extra)
+
+    def verify(self, tick: Tick = lambda done, total: None) -> dict[str, Any]:
+        """Read everything and say what was read; FormatError names the first tensor that is damaged."""
+        scratch = memoryview(bytearray(BLOCK))
+        for entry in self.header.entries:
+            self._read(entry, scratch)
+            tick(entry.end, self.header.size)
+        for i in range(self.meta.layout.layers):
+            lens = self._lens(i)
+            self._payload(i, lens)
+            self._pos(i, lens)
+        return {"tensors": len(self.header.entries), "bytes": self.header.size, "ok": True}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its name in the file."""
+        entry = self.header.by_name[name]
+        data = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
+        self._read(entry, data.numpy().data)
+        return data.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def rows(self, index: int) -> Rows:
+        """A layer, decoded, in memory of its own."""
+        lens, dtype = self._lens(index), DTYPES[self.meta.layout.dtype]
+        payload = {name: self._part(index, name) for name in self._payload(index, lens)}
+        k, v = self._encoder.part("decode", payload, lens)
+        bias, span = self._part(index, "bias"), self._part(index, "span")
+        bias, span = (part if part is None else part.flatten() for part in (bias, span))
+        return Rows(k.to(dtype), v.to(dtype), self._pos(index, lens), lens, bias, span)
+
+    def stats(self, index: int) -> Stats:
+        """What prefill observed in a layer, as far as the file has it."""
+        return Stats(**{field.name: self._part(index, f"stat.{field.name}") for field in fields(Stats)})
+
+    def _part(self, index: int, part: str) -> Tensor | None:
+        name = f"{layer_name(index)}.{part}"
+        return self.tensor(name) if name in self.header.by_name else None
+
+    def _payload(self, index: int, lens: Tensor) -> list[str]:  # [H]
+        """The names of the layer's encoded keys and values, all of them present with the right shape."""
+        shapes = self._encoder.part("shapes", lens.tolist(), self.meta.layout)
+        for part, (dtype, shape) in shapes.items():
+            expect(self.header, f"{layer_name(index)}.{part}", dtype, tuple(shape), needed=True)
+        return list(shapes)
+
+    def _known(self, index: int) -> set[str]:
+        stats = (f"stat.{field.name}" for field in fields(Stats))
+        parts = (*self._payload(index, self._lens(index)), "len", *PARTS, *stats)
+        return {f"{layer_name(index)}.{part}" for part in parts}
+
+    def _lens(self, index: int) -> Tensor:  # -> [H] int64
+        shape = entry_shape(self.header, self.meta, index)
+        if len(shape) == 2:
+            return torch.full(shape[:1], shape[1])
+        name = f"{layer_name(index)}.len"
+        lens = self.tensor(name).long()
+        if int(lens.min()) < 1 or int(lens.sum()) != shape[0]:
+            raise FormatError(f"the snapshot's tensor {name} is wrong", f"its heads must add up to {shape[0]} entries")
+        return lens
+
+    def _pos(self, index: int, lens: Tensor) -> Tensor:  # [H] -> [E] int32
+        pos = self._part(index, "pos")
+        if pos is None:
+            return torch.arange(self.meta.seq.tokens, dtype=torch.int32).repeat(len(lens))
+        pos, end = pos.flatten(), self.meta.seq.next_pos
+        rising = pos[1:] > pos[:-1]
+        rising[lens.cumsum(0)[:-1] - 1] = True  # where a head begins
+        if int(pos.min()) < 0 or int(pos.max()) >= end or not bool(rising.all()):
+            name = f"{layer_name(index)}.pos"
+            raise FormatError(f"the snapshot's tensor {name} is wrong", f"positions must rise within 0 and {end - 1}")
+        return pos
+
+    def _read(self, entry: Entry, into: memoryview) -> None:
+        """Fill `into` with a tensor's bytes and verify them; a smaller `into` is filled again and again."""
+        digest, expected = xxh3_128(), self._digests.get(entry.name)
+        for at in range(0, entry.nbytes, BLOCK):
+            block = into[at % len(into) :][: min(BLOCK, entry.nbytes - at)]
+            self._fill(block, entry.start + at)
+            if expected:
+                digest.update(block)
+        if expected and digest.digest() != expected:
+            raise FormatError(f"the snapshot's tensor {entry.name!r:.80} is damaged", "its digest does not match")
+
+    def _fill(self, block: memoryview, start: int) -> None:
+        if not self.close.alive:
+            raise ValueError("the snapshot is closed")
+        with blaming("read", self._name):
+            while block and (n := os.preadv(self._fd, [block], start)):
+                block, start = block[n:], start + n
+        if block:
+            raise FormatError(f"{self._name} became shorter while it was read")
+
+
+class _Lazy(Sequence[T]):
+    """What `read` gives for each of `indices`, when it is asked for."""
+
+    def __init__(self, indices: range, read: Callable[[int], T]) -> None:
+        self._indices, self._read = indices, read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._indices[index]
+        return [self._read(i) for i in found] if isinstance(found, range) else self._read(found)
+
+
+def open_snapshot(source: Source, check: bool = True) -> Snapshot:
+    """The snapshot in a file or pipe, which stays open as long as the snapshot lives; see Reader."""
+    return Reader(source, check).snapshot()
+
+
+def verify(source: Source, tick: Tick = lambda done, total: None) -> dict[str, Any]:
+    """Check every byte of a file or pipe; see Reader.verify."""
+    with Reader(source) as reader:
+        return reader.verify(tick)

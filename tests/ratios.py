@@ -1,0 +1,149 @@
+"""Speed as ratios, both sides measured in turn in one run: medians, with the 20th and 80th percentile of each."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from big import make_big
+from transformers import DynamicCache
+
+from kvcli.budget import Budget
+from kvcli.model.cache import make_cache
+from kvcli.model.load import Model, load
+from kvcli.model.observe import prefill
+from kvcli.model.resume import Prefix, Sampling, answer
+from kvcli.model.text import document_ids, question_ids
+from kvcli.pipeline import carry_out, make_plans
+from kvcli.recipe import Recipe
+from kvcli.storage import Reader, write_snapshot
+
+ROOT = Path(__file__).parent.parent
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def versus(
+    what: str, aim: str, ours: Callable[[], object], theirs: Callable[[], object], runs: int = 5
+) -> dict[str, Any]:
+    """A row with the ratio of median times, ours over theirs, after one run of each that is not counted."""
+    pairs = [(timed(ours), timed(theirs)) for _ in range(runs + 1)][1:]
+    return row(what, aim, [a for a, _ in pairs], [b for _, b in pairs])
+
+
+def row(what: str, aim: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    spread = [torch.tensor(side).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist() for side in (ours, theirs)]
+    ratio = spread[0][1] / spread[1][1]
+    return {"kind": "ratio", "what": what, "ratio": ratio, "aim": aim, "ours_s": spread[0], "theirs_s": spread[1]}
+
+
+def ratios(model: Model) -> list[dict[str, Any]]:
+    plain = load(None, dtype="bfloat16", attention="sdpa")
+    rows = [prefilling(model, plain)]
+    with TemporaryDirectory() as folder:
+        rows += from_file(model, plain, Path(folder))
+        rows.append(starting())
+        rows += compressing(Path(folder))
+    return rows
+
+
+@torch.inference_mode()
+def prefilling(model: Model, plain: Model) -> dict[str, Any]:
+    text = (ROOT / "samples/harbour.txt").read_text()
+    ids = document_ids(model.tokenizer, text * 2, chat=True)[0][:4096]
+    whole = torch.tensor([ids])
+    return versus(
+        "prefill of 4,096 tokens with statistics / one plain forward pass",
+        "at most 2.1",
+        lambda: prefill(model, ids, (0, "", True)),
+        lambda: plain.net(input_ids=whole, logits_to_keep=1, use_cache=True),
+        runs=3,
+    )
+
+
+@torch.inference_mode()
+def from_file(model: Model, plain: Model, folder: Path) -> list[dict[str, Any]]:
+    text = (ROOT / "samples/harbour.txt").read_text()
+    ids, lead, tail = document_ids(model.tokenizer, text, chat=True)
+    question = question_ids(model.tokenizer, "What changed in the third quarter?", "", tail)
+    snapshot = prefill(model, ids, (lead, tail, True))
+    write_snapshot(snapshot, folder / "full")
+    for recipe in ("snapkv", "snapkv+adakv"):
+        plans = make_plans(snapshot, Recipe.parse(recipe), [Budget.parse("35%")])
+        carry_out(snapshot, plans, [folder / recipe])
+
+    def resumed() -> None:
+        with Reader(folder / "full") as reader:
+            answer(model, Prefix.read(reader.snapshot(), model.device), question, Sampling(n=1))
+
+    def again() -> None:
+        plain.net(input_ids=torch.tensor([ids + question]), logits_to_keep=1, use_cache=True)
+
+    rows = [versus("prefilling again / full snapshot file to first token", "at least 10", again, resumed, runs=3)]
+    cache = DynamicCache(config=plain.net.config)
+    plain.net(input_ids=torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+    for recipe, name in (("snapkv", "uniform"), ("snapkv+adakv", "ragged")):
+        with Reader(folder / recipe) as reader:
+            prefix = Prefix.read(reader.snapshot(), model.device)
+        what = f"decoding 32 tokens from the full DynamicCache / from keep 35% {name}"
+        rows.append(
+            versus(
+                what, "at least 1", lambda: greedy(plain, cache, question), lambda p=prefix: ours(model, p, question), 3
+            )
+        )
+    return rows
+
+
+def ours(model: Model, prefix: Prefix, question: list[int]) -> None:
+    """The same loop as `greedy`, on a snapshot."""
+    greedy_on(model, make_cache(model.net, prefix.rows, prefix.tokens), question)
+
+
+def greedy(model: Model, cache: DynamicCache, question: list[int]) -> None:
+    before = cache.get_seq_length()
+    greedy_on(model, cache, question)
+    cache.crop(before - cache.get_seq_length())
+
+
+def greedy_on(model: Model, cache: Any, question: list[int]) -> None:
+    tokens = torch.tensor([question])
+    for _ in range(32):
+        tokens = (
+            model.net(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            .logits[:, -1:]
+            .argmax(-1)
+        )
+
+
+def starting() -> dict[str, Any]:
+    def run(*args: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *args], stdout=subprocess.DEVNULL, check=True)
+
+    what = "kvcli --help / importing click"
+    return versus(what, "at most 3", run("-m", "kvcli", "--help"), run("-c", "import click"), runs=9)
+
+
+def compressing(folder: Path) -> list[dict[str, Any]]:
+    make_big(folder / "big")
+    runs = {"ours": [], "theirs": []}
+    peaks = {}
+    for _ in range(3):
+        for side in runs:
+            facts = json.loads(subprocess.check_output([sys.executable, ROOT / "tests/big.py", side, folder]))
+            runs[side].append(facts["seconds"])
+            peaks[side] = facts
+    size = (folder / "big").stat().st_size / 2**30
+    speed = row(f"compress of {size:.2f} GiB by kvmerger to 35% / cloning and rewriting it", "at most 8", **runs)
+    facts = peaks["ours"]
+    over = facts["peak"] - facts["torch"] - 2 * facts["layer"] - facts["scores"]
+    memory = {"kind": "ratio", "what": "its peak memory over torch, two layers and scores, in units of 250 MB"}
+    return [speed, {**memory, "ratio": over / 250e6, "aim": "at most 1", **facts}]

@@ -1,0 +1,165 @@
+"""The laws every method keeps, over the whole registry: sizes, order, identity, determinism, what may be read."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from make import make_snapshot
+
+from kvcli.budget import Budget
+from kvcli.metrics import output_error
+from kvcli.pipeline import carry_out, make_plans, protect
+from kvcli.recipe import Recipe
+from kvcli.registry import Ask, named, stages
+from kvcli.snapshot import LayerKV, Snapshot, Stats
+from kvcli.storage import Reader
+
+SCORES = sorted({stage.name for stage in stages() if stage.kind == "score"})
+SHARES = sorted({stage.name for stage in stages() if stage.kind == "allocate"})
+RECIPES = [*SCORES, *(f"snapkv+allocate={name}" for name in SHARES), "kvmerger+adakv", "kvmerger:values=mean"]
+SIZES = {"layers": 2, "heads": 3, "q_heads": 6, "tokens": 83, "dim": 16}
+
+
+def compress(snapshot: Snapshot, recipe: str, budget: str, path: Path, **options: bool) -> Snapshot:
+    plans = make_plans(snapshot, Recipe.parse(recipe), [Budget.parse(budget)], **options)
+    carry_out(snapshot, plans, [path], force=True)
+    assert path.stat().st_size == plans[0].outline.file_bytes
+    return Reader(path).snapshot()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("budget", ["10%", "35%", "60", "0.99"])
+def test_count_is_exact_and_order_kept(recipe: str, budget: str, tmp_path: Path) -> None:
+    small = compress(make_snapshot(**SIZES), recipe, budget, tmp_path / "a.kv.safetensors")
+    each = Budget.parse(budget).per_head(83, 6, lambda n: n)
+    assert sum(len(small.rows[i].k) for i in range(2)) == 2 * 3 * each
+    for i in range(2):
+        kv = small.layer(i)
+        assert bool((kv.lens >= 1).all())
+        for head in range(3):
+            pos = kv.pos[head][kv.real[head]]
+            assert bool((pos.diff() > 0).all())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_everything_kept_changes_nothing(recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    full = make_snapshot(**SIZES, dtype=dtype)
+    same = compress(full, recipe, "100%", tmp_path / "a.kv.safetensors")
+    for before, after in zip(full.rows, same.rows, strict=True):
+        assert torch.equal(before.k.view(torch.uint8), after.k.view(torch.uint8))
+        assert torch.equal(before.v.view(torch.uint8), after.v.view(torch.uint8))
+        assert torch.equal(before.pos, after.pos)
+        assert after.bias is None or not bool(after.bias.any())
+    assert bool((same.extra["report"] == 0).all())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_equal_inputs_give_equal_bytes(recipe: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        compress(make_snapshot(**SIZES), recipe, "30%", tmp_path / f"{name}.kv.safetensors")
+    assert (tmp_path / "a.kv.safetensors").read_bytes() == (tmp_path / "b.kv.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("size", ["14KB", "21KB"])
+def test_a_byte_budget_bounds_the_file(recipe: str, size: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.kv.safetensors"
+    compress(make_snapshot(**SIZES, dtype=torch.float32), recipe, size, path)
+    limit = Budget.parse(size).bytes or 0
+    one_more = 2 * 3 * (16 * 2 * 4 + 12)
+    assert limit - one_more - 600 < path.stat().st_size <= limit
+
+
+@pytest.mark.parametrize("recipe", ["kvmerger", "snapkv+adakv", "random", "streamingllm"])
+def test_a_compressed_snapshot_compresses_again(recipe: str, tmp_path: Path) -> None:
+    once = compress(make_snapshot(**SIZES), "snapkv+adakv", "60%", tmp_path / "a.kv.safetensors", keep_stats=True)
+    twice = compress(once, recipe, "30%", tmp_path / "b.kv.safetensors", keep_stats=True)
+    assert sum(len(rows.k) for rows in twice.rows) == 2 * 3 * 24
+    assert [entry["budget"] for entry in twice.meta.history] == ["60%", "30%"]
+    third = compress(twice, "random", "90%", tmp_path / "c.kv.safetensors")
+    assert sum(len(rows.k) for rows in third.rows) == 2 * 3 * 24
+    assert third.stats[0].present() == {}
+
+
+def test_several_budgets_equal_one_at_a_time(tmp_path: Path) -> None:
+    full, recipe = make_snapshot(**SIZES), Recipe.parse("kvmerger")
+    budgets = [Budget.parse(text) for text in ("50%", "20%")]
+    paths = [tmp_path / "a", tmp_path / "b"]
+    carry_out(full, make_plans(full, recipe, budgets), paths)
+    for budget, path in zip(("50%", "20%"), paths, strict=True):
+        compress(full, "kvmerger", budget, tmp_path / "one")
+        assert path.read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def padded(fill: float) -> tuple[LayerKV, Stats]:
+    rows = make_snapshot(**SIZES, ragged=True, dtype=torch.float32).rows[0]
+    kv, stats = LayerKV.from_rows(rows), make_snapshot(**SIZES).stats[0]
+    blank = ~kv.real[..., None]
+    return replace(kv, k=kv.k.masked_fill(blank, fill), v=kv.v.masked_fill(blank, fill)), stats
+
+
+def stage_by_stage(name: str, kv: LayerKV, stats: Stats) -> LayerKV:
+    recipe = Recipe.parse(name)
+    B = int(kv.lens.min()) // 2 + 1
+    ask = Ask(0, 1, 3 * B, B, 83, 1, 2, 0, 0.25)
+    assert recipe.score
+    scored = protect(recipe.score(kv, stats, ask), kv, ask)
+    small, pivot = recipe.reduce(kv, stats, scored, recipe.allocate([scored], 3 * B, ask)[0], ask)
+    assert torch.equal(kv.pos.gather(1, pivot.clamp(min=0))[pivot >= 0], small.pos[small.real])
+    return small
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_padding_is_never_read(recipe: str) -> None:
+    clean, dirty = (stage_by_stage(recipe, *padded(fill)).rows() for fill in (0.0, math.nan))
+    assert torch.equal(clean.pos, dirty.pos)
+    assert torch.equal(clean.k, dirty.k) and torch.equal(clean.v, dirty.v)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith("random")])
+def test_permuting_heads_permutes_results(recipe: str) -> None:
+    kv, stats = padded(0.0)
+    turn = torch.tensor([2, 0, 1])
+    queries = torch.cat([2 * turn[:, None], 2 * turn[:, None] + 1], 1).flatten()
+    by_head = {"attn_mass": turn, "value_norm": turn, "q_last": queries, "q_probe": queries}
+    moved = Stats(**{key: part[by_head[key]] if key in by_head else part for key, part in stats.present().items()})
+    parts = {key: part[turn] for key, part in vars(kv).items() if part is not None}
+    before, after = stage_by_stage(recipe, kv, stats), stage_by_stage(recipe, LayerKV(**parts), moved)
+    if torch.equal(before.lens[turn], after.lens):  # remainders go to the lower head
+        assert torch.equal(before.pos[turn], after.pos)
+        torch.testing.assert_close(before.k[turn], after.k)
+
+
+def test_what_stays_has_the_highest_score() -> None:
+    kv, stats = padded(0.0)
+    ask = Ask(0, 1, 30, 10, 83, 0, 0, 0, 0.25)
+    for name in SCORES:
+        stage = named(name)["score"]
+        scored = protect(stage(kv, stats, ask), kv, ask)
+        small, pivot = named("evict")["reduce"](kv, stats, scored, torch.tensor([10, 10, 10]), ask)
+        kept = scored.score.gather(1, pivot)
+        dropped = scored.score.scatter(1, pivot, -math.inf)
+        assert bool((kept.min(1).values >= dropped.max(1).values).all())
+        assert small.lens.tolist() == [10, 10, 10]
+
+
+def test_output_error_against_float64() -> None:
+    kv, stats = padded(0.0)
+    small = stage_by_stage("kvmerger", kv, stats)
+    q, q_pos = stats.q_probe, stats.q_probe_pos
+    assert q is not None and q_pos is not None
+    error = output_error(q, q_pos, kv, small, 0.25)
+
+    def exact(layer: LayerKV, a: int, r: int) -> torch.Tensor:
+        h = a // 2
+        seen = layer.real[h] & (layer.pos[h] <= q_pos[r])
+        logit = 0.25 * layer.k[h][seen].double() @ q[a, r].double()
+        logit = logit + (layer.bias[h][seen] if layer.bias is not None else 0)
+        return logit.softmax(0) @ layer.v[h][seen].double()
+
+    for a, r in ((0, 1), (3, 2), (5, 3)):
+        expected = (exact(small, a, r) - exact(kv, a, r)).norm() / exact(kv, a, r).norm()
+        assert error[a, r].item() == pytest.approx(expected.item(), rel=1e-4)
