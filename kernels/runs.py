@@ -54,7 +54,7 @@ def merge_runs_flat(
     """The same on flat rows, blocks of whole runs at a time; plain torch, for every device."""
     flat_k, flat_v, flat_mass = k.flatten(0, 1), v.flatten(0, 1), mass.flatten()
     first, size, lens = _bounds(start, real)
-    rows_k, rows_v, pivot = flat_k[first], flat_v[first], first.clone()
+    rows_k, rows_v, pivot = flat_k.index_select(0, first), flat_v.index_select(0, first), first.clone()
     for runs in _blocks(size):
         n = size[runs]
         offset = n.cumsum(0) - n
@@ -62,11 +62,11 @@ def merge_runs_flat(
         row = (first[runs] - offset)[run] + torch.arange(len(run), device=k.device)
         peak = _peaks(flat_mass[row], run, len(n))
         pivot[runs] = row[peak]
-        keys = flat_k[row].float()
-        dist = torch.linalg.vector_norm(keys - keys[peak[run]], dim=-1)
+        keys, values = flat_k.index_select(0, row).float(), flat_v.index_select(0, row).float()
+        dist = torch.linalg.vector_norm(keys.index_select(0, peak[run]).sub_(keys), dim=-1)
         weight = _weights(dist, n, torch.linalg.vector_norm(keys[peak], dim=-1), sigma)
         rows_k.index_copy_(0, runs, _sums(keys, offset, weight).to(k.dtype))
-        rows_v.index_copy_(0, runs, _sums(flat_v[row].float(), offset, weight).to(v.dtype))
+        rows_v.index_copy_(0, runs, _sums(values, offset, weight).to(v.dtype))
     return rows_k, rows_v, lens, pivot % start.shape[1], size
 
 

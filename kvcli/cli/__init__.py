@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: list[str]) -> int:
     """The exit code of one command; errors go to stderr, with --json also as an object to stdout."""
     try:
-        cli.main(args=args, prog_name="kvcli", standalone_mode=False)
+        if "_KVCLI_COMPLETE" in os.environ:
+            cli.main(args=args, prog_name="kvcli")
+        # Not cli.main: it turns a broken pipe into exit code 1 in every mode.
+        with cli.make_context("kvcli", args) as context:
+            cli.invoke(context)
         sys.stdout.flush()
         return 0
     except click.exceptions.Exit as done:

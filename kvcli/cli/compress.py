@@ -160,7 +160,7 @@ def _row(plan: "Plan", budget: "Budget | None") -> dict[str, Any]:
 
 
 def _show(ui: Ui, row: dict[str, Any]) -> None:
-    name = row.get("file", "(dry run)")
+    name = {None: "dry run", "-": "snapshot"}.get(row.get("file"), row.get("file"))
     ui.say(
         f"{name}: {row['entries']:,} of {row['of']:,} entries ({row['keep']:.1%}), {size(row['file_bytes'])} "
         f"of {size(row['bytes_before'])} in {row['seconds']:.1f} s"

@@ -49,7 +49,7 @@ def command(doc: str | None, output: str | None, force: bool, raw: bool, chunk: 
         "peak_memory": peak_memory(),
     }
     ui.say(
-        f"{facts['file']}: {facts['tokens']:,} tokens, {size(facts['file_bytes'])}, "
+        f"{streams.titled(target)}: {facts['tokens']:,} tokens, {size(facts['file_bytes'])}, "
         f"read in {seconds:.1f} s ({facts['tokens'] / seconds:,.0f} tokens/s)"
     )
     ui.result("kvcli.prefill/1", facts, to_stderr=not isinstance(target, Path))

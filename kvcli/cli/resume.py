@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 @click.option("--against", metavar="FULL", help="Compare with the full snapshot: KL and top-1 agreement.")
 @click.option("-n", "--tokens", type=click.IntRange(1), default=128, show_default=True, help="Most tokens an answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True)
-@click.option("--top-k", type=click.IntRange(0), default=0, help="0 draws from all tokens.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Draw from this share.")
+@click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from so many best tokens; 0: from all.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For drawing.")
 @click.option("--trust-model", is_flag=True, help="Use a model with other weights; warn instead of refusing.")
 @model_options
 @output_options

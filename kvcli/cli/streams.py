@@ -88,6 +88,11 @@ def shown(origin: Source) -> str:
     return str(origin) if isinstance(origin, Path) else "-"
 
 
+def titled(origin: Source) -> str:
+    """The same at the start of a line for people."""
+    return str(origin) if isinstance(origin, Path) else "snapshot"
+
+
 @contextmanager
 def waiting(origin: Source, ui: Ui) -> Iterator[None]:
     """Say after one second that stdin is being waited for."""

@@ -95,7 +95,13 @@ def model_options(command: F) -> F:
             envvar="KVCLI_DTYPE",
             help="Precision to compute in.",
         ),
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", envvar="KVCLI_DEVICE"),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            envvar="KVCLI_DEVICE",
+            help="auto is cuda if there is one.",
+        ),
         click.option("--model", envvar="KVCLI_MODEL", metavar="FOLDER|ID", help="A model folder or hub id."),
     ):
         command = option(command)
