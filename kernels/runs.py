@@ -15,7 +15,7 @@ from torch.nn.functional import embedding_bag
 
 from .op import Op, random
 
-BLOCK = 8192  # rows merged at once: their float32 copy stays in the cache
+BLOCK = 4096  # rows merged at once: their float32 copy stays in the cache
 ROUNDS = 64  # of the fixed point of sigma="literal"
 
 Merged = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # k' [E, D], v' [E, Dv], lens [H], pivot [E], size [E]
@@ -101,8 +101,8 @@ def _weights(dist: Tensor, n: Tensor, norm: Tensor, sigma: str | float) -> Tenso
 
     def near(width: Tensor) -> Tensor:
         # width 0: all members lie on the pivot
-        ratio = dist / width.repeat_interleave(n)
-        return torch.where(width.repeat_interleave(n) > 0, (-0.5 * ratio.square()).exp(), 1.0)
+        width = width.repeat_interleave(n)
+        return torch.where(width > 0, (-0.5 * (dist / width).square()).exp(), 1.0)
 
     if sigma == "mean":
         width = torch.maximum(total(dist) / (n - 1), 1e-6 * norm)

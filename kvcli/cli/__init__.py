@@ -65,20 +65,26 @@ def run(args: list[str]) -> int:
         # Whatever is still buffered has no reader: let the final flush go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except (KeyboardInterrupt, click.Abort):
-        return _fail(args, 130, "interrupted")
-    except click.ClickException as error:
-        return _fail(args, error.exit_code, error.format_message(), fix=_see_help(error))
-    except KvError as error:
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    except (KvError, click.ClickException, click.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
         if "-vv" in args:
             raise
-        return _fail(args, error.exit_code, error.what, error.why, error.fix)
-    except MemoryError:
-        return _fail(args, 1, "out of memory", fix="use a smaller --chunk, a smaller model or a shorter document")
-    except OSError as error:
-        if "-vv" in args:
-            raise
-        return _fail(args, 3, f"{error.filename or 'input or output'}: {error.strerror or error}")
+        return _fail(args, *_explain(error))
+
+
+def _explain(error: BaseException) -> tuple[int, str, str, str]:
+    """Exit code, what happened, why, and how to mend it."""
+    if isinstance(error, KvError):
+        return error.exit_code, error.what, error.why, error.fix
+    if isinstance(error, click.ClickException):
+        return error.exit_code, error.format_message(), "", _see_help(error)
+    if isinstance(error, MemoryError):
+        return 1, "out of memory", "", "use a smaller --chunk, a smaller model or a shorter document"
+    if isinstance(error, OSError):
+        return 3, f"{error.filename or 'input or output'}: {error.strerror or error}", "", ""
+    return 130, "interrupted", "", ""
 
 
 def _see_help(error: click.ClickException) -> str:
@@ -86,7 +92,7 @@ def _see_help(error: click.ClickException) -> str:
     return f"see {context.command_path} --help" if context else "see kvcli --help"
 
 
-def _fail(args: list[str], code: int, what: str, why: str = "", fix: str = "") -> int:
+def _fail(args: list[str], code: int, what: str, why: str, fix: str) -> int:
     from .ui import clean
 
     lines = [clean(line) for line in (what, why, fix) if line]
