@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dense import dense_attention_cpu, dense_attention_ref
+from .dense import dense_attention_cpu, dense_attention_ref, unit_stride
 from .op import Fn, Op, random
 
 BLOCK = 64  # queries at once in the reference
@@ -35,11 +35,11 @@ def ragged_attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int] | Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
     """One flash call for all heads if they are equally long, else one for each."""
-    lens, (q, k, v) = _ints(lens), _unit_stride(q, k, v)
+    lens = _ints(lens)
     shape = len(lens), lens[0]
     if lens.count(lens[0]) < len(lens):
         return _head_by_head(partial(dense_attention_cpu, scale=scale), q, k, v, lens, bias)
-    k, v = k.view(*shape, k.shape[1]), v.view(*shape, v.shape[1])
+    k, v = k.reshape(*shape, k.shape[1]), v.reshape(*shape, v.shape[1])
     return dense_attention_cpu(q, k, v, None if bias is None else bias.view(shape), scale)
 
 
@@ -65,7 +65,7 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     """One flash call."""
     if k.shape[-1] != v.shape[-1] or not q.numel():
         return causal_attention_ref(q, k, v, scale)
-    q, k, v = _unit_stride(q, k, v)
+    q, k, v = unit_stride(q, k, v)
     out, lse = _flash(q[None], k[None], v[None], is_causal=True, scale=scale)
     return out[0], lse[0]
 
@@ -78,11 +78,6 @@ def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:  # [(
         out = torch.lerp(out, other, share.to(out.dtype).unsqueeze(-1))
         lse = torch.logaddexp(lse, its_lse)
     return out, lse
-
-
-def _unit_stride(*tensors: Tensor) -> list[Tensor]:
-    # the flash call ignores the last stride
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 def _head_by_head(

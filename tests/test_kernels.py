@@ -13,7 +13,6 @@ from torch import Tensor
 from kvcli.kernels import runs
 from kvcli.kernels.adjacent import adjacent_cosine
 from kvcli.kernels.attention import causal_attention, join, ragged_attention
-from kvcli.kernels.dense import dense_attention
 from kvcli.kernels.mass import attention_mass
 from kvcli.kernels.op import Op
 from kvcli.kernels.runs import merge_runs
@@ -138,7 +137,7 @@ def test_the_twin_is_the_reference(op: Op, case: Mapping[str, Any], dtype: torch
     assert all(map(torch.equal, once, results(op, args)))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op is not dense_attention], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_strides_do_not_matter(op: Op) -> None:
     args = op.inputs(op.cases[2], torch.float32, seed=3)
     sparse = [torch.stack([arg, arg.roll(1, 0)], -1)[..., 0] if isinstance(arg, Tensor) else arg for arg in args]
