@@ -21,8 +21,9 @@ demo: setup
 	$(BIN)/kvcli prefill samples/harbour.txt -f -o demo.kv.safetensors
 	$(BIN)/kvcli compress demo.kv.safetensors --method kvmerger --budget 0.35 -f -o demo-35.kv.safetensors
 	$(BIN)/kvcli inspect demo-35.kv.safetensors
+	$(BIN)/kvcli resume demo.kv.safetensors --questions samples/questions.jsonl -n 16
 	$(BIN)/kvcli resume demo-35.kv.safetensors --prompt "What changed in Q3?"
-	$(BIN)/kvcli resume demo-35.kv.safetensors --questions samples/questions.jsonl -n 24 --against demo.kv.safetensors
+	$(BIN)/kvcli resume demo-35.kv.safetensors --questions samples/questions.jsonl -n 16 --against demo.kv.safetensors
 
 test: setup
 	$(BIN)/python -m pytest

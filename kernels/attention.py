@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dense import dense_attention_cpu, dense_attention_ref, unit_stride
+from .dense import dense_attention_cpu, dense_attention_ref, flash
 from .op import Fn, Op, random
 
 BLOCK = 64  # queries at once in the reference
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def ragged_attention_ref(
@@ -65,8 +63,7 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     """One flash call."""
     if k.shape[-1] != v.shape[-1] or not q.numel():
         return causal_attention_ref(q, k, v, scale)
-    q, k, v = unit_stride(q, k, v)
-    out, lse = _flash(q[None], k[None], v[None], is_causal=True, scale=scale)
+    out, lse = flash(q[None], k[None], v[None], is_causal=True, scale=scale)
     return out[0], lse[0]
 
 

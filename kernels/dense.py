@@ -16,6 +16,12 @@ BLOCK = 64  # queries at once in the reference
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
+def flash(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:  # [1, Hq, M, D], [1, Hq, M]
+    """torch's flash attention on the CPU, with its LSE. By itself it takes any last stride for 1, silently wrong."""
+    out, lse = _flash(*(part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v)), **options)
+    return out, lse
+
+
 def dense_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv] in the dtype of q, [Hq, M] float32
@@ -38,16 +44,10 @@ def dense_attention_cpu(
     """One flash call; the G * M queries of a KV head are its rows, which for few queries is 7 times as fast."""
     if k.shape[-1] != v.shape[-1] or not q.numel() or not k.numel():
         return dense_attention_ref(q, k, v, bias, scale)
-    q, k, v = unit_stride(q, k, v)
     rows = q.reshape(1, len(k), -1, q.shape[-1])
     mask = None if bias is None else bias[None, :, None]
-    out, lse = _flash(rows, k[None], v[None], attn_mask=mask, scale=scale)
+    out, lse = flash(rows, k[None], v[None], attn_mask=mask, scale=scale)
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
-
-
-def unit_stride(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as the flash call reads them: it takes every last stride for 1, and is silently wrong otherwise."""
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:

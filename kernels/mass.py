@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dense import flash
 from .op import Op, random
 
 BLOCK = 64  # queries at once in the reference
 PARTS = 3  # 16-bit numbers that together carry one lse
 LEVER = 64.0  # what those numbers are multiplied by: keeps them inside float16
 NEVER = -6e4  # in the same unit: far below any logit
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def attention_mass_ref(
@@ -56,7 +55,7 @@ def attention_mass_cpu(q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: 
         asking, answering = asking.flip(1), answering.flip(1)
     answering = torch.unflatten(answering, 0, (H, -1))  # [H, G, M, D']
     asking = asking[:, None].expand(-1, answering.shape[1], -1, -1)  # [H, G, T, D']
-    _, log_mass = _flash(asking, answering, answering, is_causal=causal, scale=scale)  # values do not matter here
+    _, log_mass = flash(asking, answering, answering, is_causal=causal, scale=scale)  # values do not matter here
     mass: Tensor = log_mass.exp().mean(1)
     return mass.flip(1) if causal else mass
 

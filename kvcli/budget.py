@@ -76,6 +76,11 @@ def largest(limit: int, most: int, size_of: Callable[[int], int]) -> int:
     return low
 
 
+def protection(B: int, lead: int) -> tuple[int, int]:
+    """First and newest tokens that stay by default, for B entries a head and a template of `lead` tokens."""
+    return min(max(4, lead), B // 8), min(32, B // 4)
+
+
 def share_out(want: Tensor, total: int, low: Tensor, high: Tensor) -> Tensor:  # [X], [X], [X] -> [X] int64
     """Whole numbers near `want` that add up to `total`, each within [low, high].
 

@@ -45,7 +45,7 @@ def top1(logits: Tensor, other: Tensor) -> Tensor:  # [M, V], [M, V] -> [M] bool
     return logits.argmax(-1) == other.argmax(-1)
 
 
-def summary(error: Tensor) -> tuple[float, float]:
+def median_p95(error: Tensor) -> tuple[float, float]:
     """Median and 95th percentile of all numbers given."""
     median, tail = torch.quantile(error.flatten().float(), torch.tensor([0.5, 0.95])).tolist()
     return median, tail

@@ -1,5 +1,6 @@
 """Compression in two passes: score, protect, allocate; then reduce, encode, measure, write. One layer at a time."""
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -9,10 +10,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .budget import Budget
+from .budget import Budget, protection
 from .errors import InfeasibleError, KvError
 from .layers import layer_tensors
-from .metrics import output_error, summary
+from .metrics import median_p95, output_error
 from .outline import Outline
 from .recipe import Recipe, evicting
 from .registry import Ask, Scored
@@ -112,14 +113,15 @@ def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Seque
     N, H, L, lead = meta.seq.tokens, meta.layout.heads, len(meta.held), meta.seq.lead
 
     def size_of(B: int) -> int:
+        # Heads that differ, so that the lengths of the heads are counted too.
         uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B else [B] * H)
         counts = [uneven if i in meta.held else torch.full((H,), N) for i in range(meta.layout.layers)]
         outline = _outline(snapshot, recipe, counts, stats, {"budget": "9" * 64, "parent": "9" * 64})
         return outline.file_bytes + 8 * len(outline.specs)  # offsets of another distribution may be a digit longer
 
     B = budget.per_head(N, L * H, size_of) if budget else N
-    sink = min(max(4, lead), B // 8) if recipe.sink is None else recipe.sink
-    recent = min(32, B // 4) if recipe.recent is None else recipe.recent
+    sink, recent = protection(B, lead)
+    sink, recent = (sink if recipe.sink is None else recipe.sink), (recent if recipe.recent is None else recipe.recent)
     if sink + recent > B and B < N:
         raise InfeasibleError(
             f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head",
@@ -184,7 +186,9 @@ def _outline(
 
 def _globals(snapshot: Snapshot, report: Tensor) -> dict[str, Tensor]:
     """Tensors of the whole file; what a later version keeps of a layer (`L000.stat.*`) no longer fits its entries."""
-    whole = {name: part for name, part in snapshot.extra.items() if name != "report" and not name.startswith("L")}
+    whole = {
+        name: part for name, part in snapshot.extra.items() if name != "report" and not re.match(r"L[0-9]+\.", name)
+    }
     return {**whole, "report": report}
 
 
@@ -210,5 +214,5 @@ def _measure(stats: Stats, before: LayerKV, after: LayerKV, scale: float) -> Ten
         if q is None or q_pos is None:
             numbers += [torch.nan, torch.nan]
         else:
-            numbers += summary(output_error(q, q_pos, before, after, scale))
+            numbers += median_p95(output_error(q, q_pos, before, after, scale))
     return torch.tensor(numbers)

@@ -15,7 +15,7 @@ from .errors import UsageError
 
 Kind = Literal["score", "allocate", "reduce", "encode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# Functions a kind of stage may carry beside its own, each with a decorator of that name.
+# Name of a tensor in a layer -> its dtype, as safetensors names it, and its shape.
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 

@@ -14,7 +14,7 @@ from ratios import ratios
 
 import kvcli
 from kvcli.budget import Budget
-from kvcli.metrics import kl, summary, top1
+from kvcli.metrics import kl, median_p95, top1
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
 from kvcli.model.resume import Prefix, Sampling, answer, logits
@@ -42,7 +42,7 @@ class Tally:
     def row(self, recipe: str, budget: str) -> dict[str, Any]:
         row = {"kind": "quality", "recipe": recipe, "budget": budget, "hits": sum(self.hits), "asked": len(self.hits)}
         if self.kl:
-            row |= {"kl_mean": sum(self.kl) / len(self.kl), "kl_p95": summary(torch.tensor(self.kl))[1]}
+            row |= {"kl_mean": sum(self.kl) / len(self.kl), "kl_p95": median_p95(torch.tensor(self.kl))[1]}
             row |= {"top1": sum(self.top1) / len(self.top1)}
         return row | {name: total / COPIES for name, total in self.sizes.items()}
 
@@ -109,13 +109,14 @@ def ask_small(model: Model, path: Path, asked: list[Asked], tally: Tally) -> Non
 
 
 def stamp() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "kvcli": kvcli.__version__}
     return {**versions, "python": platform.python_version(), "device": "cpu", "commit": commit.strip()}
 
 
 def show(row: dict[str, Any]) -> str:
-    if row["kind"] == "ratio":
+    if row["kind"] != "quality":
         return f"{row['what']:<86} {row['ratio']:6.2f}  (aim {row['aim']})"
     divergence = f"KL {row['kl_mean']:.3f}  top-1 {row['top1']:.1%}" if "kl_mean" in row else ""
     size = f"{row['file_bytes'] / 1e6:6.1f} MB"
@@ -127,7 +128,7 @@ def main() -> None:
     which = sys.argv[1:] or ["quality", "ratio"]
     path = ROOT / "samples/bench.jsonl"
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in old if row["kind"] not in which]
+    rows = [row for row in old if row["kind"] not in which and not ("ratio" in which and row["kind"] == "ragged")]
     rows += [{**row, **stamp()} for row in (quality(model) if "quality" in which else [])]
     rows += [{**row, **stamp()} for row in (ratios(model) if "ratio" in which else [])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

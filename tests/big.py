@@ -1,13 +1,14 @@
 """A synthetic snapshot of 1 GiB, and one timed run over it: `python tests/big.py ours|theirs FOLDER`."""
 
 import json
-import resource
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from kvcli.cli.ui import peak_memory
 
 LAYERS, HEADS, Q_HEADS, TOKENS, DIM = 32, 8, 32, 8192, 128
 
@@ -36,10 +37,6 @@ def make_big(path: Path) -> None:
     write_snapshot(Snapshot(meta, one.ids, [rows] * LAYERS, [stats] * LAYERS, one.extra), path)
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def compress(folder: Path) -> dict[str, int]:
     from kvcli.budget import Budget
     from kvcli.pipeline import carry_out, make_plans
@@ -61,6 +58,6 @@ def rewrite(folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    before, start = peak(), time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     facts = {"ours": compress, "theirs": rewrite}[sys.argv[1]](Path(sys.argv[2]))
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak(), "torch": before, **facts}))
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_memory(), "baseline": before, **facts}))

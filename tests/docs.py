@@ -37,24 +37,24 @@ def commands_text() -> str:
     return "\n\n".join(blocks)
 
 
-def bench_rows(kind: str) -> list[dict[str, object]]:
+def bench_rows(*kinds: str) -> list[dict[str, object]]:
     path = ROOT / "samples/bench.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["kind"] == kind]
+    return [row for row in rows if row["kind"] in kinds]
 
 
 def quality_table() -> str:
     rows = ["| method | keep | hits | KL | top-1 | file |", "| --- | --- | --- | --- | --- | --- |"]
     for row in bench_rows("quality"):
         keep = f"{row['keep']:.0%}"
-        cells = (f"`{row['recipe']}`", keep, f"{row['hits']} of {row['asked']}", _number(row["kl_mean"]))
-        rows.append("| " + " | ".join([*cells, _share(row["top1"]), f"{row['file_bytes'] / 1e6:.1f} MB"]) + " |")
+        cells = (f"`{row['recipe']}`", keep, f"{row['hits']} of {row['asked']}", _number(row.get("kl_mean")))
+        rows.append("| " + " | ".join([*cells, _share(row.get("top1")), f"{row['file_bytes'] / 1e6:.1f} MB"]) + " |")
     return "\n".join(rows)
 
 
 def ratio_table() -> str:
     rows = ["| what | ratio | aim |", "| --- | --- | --- |"]
-    rows += [f"| {row['what']} | {row['ratio']:.2f} | {row['aim']} |" for row in bench_rows("ratio")]
+    rows += [f"| {row['what']} | {row['ratio']:.2f} | {row['aim']} |" for row in bench_rows("ratio", "ragged")]
     return "\n".join(rows)
 
 

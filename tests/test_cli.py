@@ -119,6 +119,10 @@ REFUSED = [
     ("resume b", 2, "--prompt"),
     ("resume b -p x --questions q.jsonl", 2, "one of them"),
     ("resume b --questions doc.txt", 4, "doc.txt:1"),
+    ("resume b --questions latin.txt", 4, "byte 3"),
+    ("resume b --questions bad.jsonl", 4, "bad.jsonl:2"),
+    ("resume b -p x --against b", 2, "compressed"),
+    ("resume b -p x --against doc.txt", 4, "header"),
     ("resume b -p x --model other", 5, "weights differ"),
     ("resume b -p x --model wide", 5, "made with"),
     ("resume b -p x -n 400", 6, "no room"),
@@ -135,6 +139,7 @@ REFUSED = [
 def test_bad_input(work: Path, capsys: pytest.CaptureFixture[str], line: str, code: int, says: str) -> None:
     (work / "empty.txt").write_text(" \n")
     (work / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (work / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "answer": 5}\n')
     (work / "long.txt").write_text(TEXT * 8)
     small = (work / "b").read_bytes()
     (work / "cut").write_bytes(small[: len(small) // 2])
@@ -212,7 +217,7 @@ def test_a_closed_pipe_is_141(work: Path) -> None:
 def test_light_commands_import_no_torch(work: Path) -> None:
     heavy = ["torch", "transformers", "rich"]
     for args in (["--help"], ["compress", "--help"], ["--version"], ["inspect", "b"]):
-        code = f"import sys; from kvcli.cli import run; run({args}); sys.exit(any(m in sys.modules for m in {heavy}))"
+        code = f"import sys; from kvcli.cli import run; sys.exit(run({args}) or any(m in sys.modules for m in {heavy}))"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 

@@ -108,3 +108,33 @@ def test_raising_the_budget_refines_the_partition() -> None:
         begins = small.span[0].cumsum(0) - small.span[0]
         starts.append(set(begins.tolist()))
     assert starts[0] < starts[1] < starts[2]
+
+
+def partition(kv: LayerKV, mass: Tensor, B: int) -> list[int]:
+    stats = Stats(attn_mass=mass)
+    score = kvmerger_score(kv, stats, ask(B, kv.pos.shape[1]))
+    small, _ = kvmerger(kv, stats, score, torch.tensor([B]), ask(B, kv.pos.shape[1]), values="mean")
+    assert small.span is not None
+    return small.span[0].tolist()
+
+
+def test_reversing_the_tokens_reverses_the_runs_and_scaling_keys_keeps_them() -> None:
+    generator = torch.Generator().manual_seed(5)
+    k, mass = torch.randn(1, 80, 6, generator=generator), torch.rand(1, 80, generator=generator)
+    # The newest tokens are protected on one side only, so compare what the cosines alone decide.
+    link = torch.cosine_similarity(k[:, 1:], k[:, :-1], dim=-1)
+    sizes = []
+    for cosines in (link, link.flip(1)):
+        score = torch.cat([torch.full((1, 1), math.inf), -cosines], 1)
+        kv = layer(k if cosines is link else k.flip(1))
+        small, _ = kvmerger(kv, Stats(attn_mass=mass), Scored(score), torch.tensor([30]), ask(30, 80), values="mean")
+        assert small.span is not None
+        sizes.append(small.span[0].tolist())
+    assert sizes[0] == sizes[1][::-1]
+    assert partition(layer(k), mass, 30) == partition(layer(4.0 * k), mass, 30)
+
+
+def test_four_runs_with_both_ends_protected() -> None:
+    kv, stats = example()
+    score = kvmerger_score(kv, stats, ask(4, 8, sink=1, recent=1)).score
+    assert (score[0] > -0.9).nonzero().flatten().tolist() == [0, 1, 3, 7]

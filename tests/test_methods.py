@@ -21,7 +21,14 @@ def test_snapkv_pooling() -> None:
     average = [0.11667, 0.12333, 0.11, 0.01333, 0.07333, 0.07667, 0.08667, 0.03, 0.02333]
     assert smooth(U, 3, "avg")[0].tolist() == pytest.approx(average, abs=1e-5)
     assert torch.equal(smooth(U, 1, "max"), U)
-    for pooled, n, expected in ((U, 3, [0, 1, 5]), (smooth(U, 3, "max"), 6, [0, 1, 2, 4, 5, 6])):
+    pooled_max, pooled_avg = smooth(U, 3, "max"), smooth(U, 3, "avg")
+    tops = (
+        (U, 3, [0, 1, 5]),
+        (pooled_max, 3, [0, 1, 2]),
+        (pooled_avg, 3, [0, 1, 2]),
+        (pooled_max, 6, [0, 1, 2, 4, 5, 6]),
+    )
+    for pooled, n, expected in tops:
         assert mask_index(top_mask(pooled, torch.tensor([n])))[0].tolist() == expected
 
 
@@ -46,6 +53,14 @@ def test_snapkv_window_scores_zero_and_is_kept_by_recent() -> None:
 def test_adakv_counts(floor: float, expected: list[int]) -> None:
     score = torch.tensor([[0.4, 0.3, 0.2, 0.05, 0.05], [0.9, 0.04, 0.03, 0.02, 0.01]])
     assert share_layer(score, 6, floor).tolist() == expected
+
+
+def test_adakv_keeps_the_most_mass_and_identical_heads_get_even_shares() -> None:
+    score = torch.tensor([[0.4, 0.3, 0.2, 0.05, 0.05], [0.9, 0.04, 0.03, 0.02, 0.01]])
+    for floor, mass in ((1.0, 1.87), (0.0, 1.90)):
+        count = share_layer(score, 6, floor)
+        assert float((score * top_mask(score, count)).sum()) == pytest.approx(mass)
+    assert share_layer(score[:1].expand(3, 5), 9, 0.0).tolist() == [3, 3, 3]
 
 
 def test_adakv_protected_entries_are_beside_the_shares() -> None:

@@ -69,7 +69,7 @@ def run(args: list[str]) -> int:
         print(error.format_message(), file=sys.stderr)
         return 2
     except (KvError, click.ClickException, click.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
-        if "-vv" in args:
+        if "-vv" in args or args.count("-v") > 1:
             raise
         return _fail(args, *_explain(error))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import FormatError, StorageError, UsageError
+from ..errors import FormatError, MismatchError, UsageError
 from . import streams
 from .ui import Ui, current, model_options, output_options, peak_memory, size
 
@@ -58,32 +58,31 @@ def _questions(file: str | None, prompt: str | None, prefix: str, path: str | No
     if prompt == "-":
         if file == "-" or (file is None and streams.is_piped(sys.stdin)):
             raise UsageError("--prompt - and a piped snapshot both want stdin", fix="name the snapshot's FILE")
-        prompt = sys.stdin.read().strip()
+        prompt = streams.text_of("-").strip()
     return [{"prompt": prompt, "prefix": prefix}]
 
 
 def _read_questions(path: str) -> list[dict[str, Any]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as cause:
-        raise StorageError(f"cannot read {path}", str(cause.strerror)) from cause
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            good = isinstance(row["prompt"], str) and isinstance(row.get("prefix", ""), str)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            good = False
-        if not good:
-            raise FormatError(
-                f"{path}:{number} is not a question", fix='write {"prompt": "...", "answer": "..."} a line'
-            )
-        rows.append(row)
+    for number, line in enumerate(streams.text_of(path).split("\n"), 1):
+        if line.strip():
+            rows.append(_question(line, f"{path}:{number}"))
     if not rows:
         raise FormatError(f"{path} holds no questions")
     return rows
+
+
+def _question(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("prefix", ""), str)
+    answers = row.get("answer", "") if good else None
+    answers = answers if isinstance(answers, list) else [answers]
+    if not good or not answers or not all(isinstance(one, str) for one in answers):
+        raise FormatError(f"{where} is not a question", fix='write {"prompt": "...", "answer": "..."} a line')
+    return dict(row)
 
 
 def _resume(ui: Ui, origin: streams.Source, asked: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
@@ -126,17 +125,20 @@ def _model(ui: Ui, snapshot: "Snapshot", options: dict[str, Any], phase: Any) ->
 def _against(path: str | None, snapshot: "Snapshot", model: "Model") -> "Prefix | None":
     if path is None:
         return None
-    from ..errors import MismatchError
     from ..model.resume import Prefix
     from ..storage import Reader
 
     with Reader(Path(path)) as reader:
-        other = reader.snapshot()
-        if other.meta.seq.ids_hash != snapshot.meta.seq.ids_hash:
+        mine, other = snapshot.meta, reader.meta
+        if other.seq.ids_hash != mine.seq.ids_hash:
+            raise MismatchError(f"{path} is a snapshot of another document", fix="name the full one it was made from")
+        if (other.model.get("weights"), other.layout) != (mine.model.get("weights"), mine.layout):
             raise MismatchError(
-                f"{path} is a snapshot of another document", fix="name the full snapshot it was made from"
+                f"{path} was made with another model or precision", fix="name the full one it was made from"
             )
-        return Prefix.read(other, model.net.device)
+        if other.history:
+            raise UsageError(f"{path} is compressed", "KL is measured against the full cache", "name the full snapshot")
+        return Prefix.read(reader.snapshot(), model.device)
 
 
 def _ask(
@@ -181,7 +183,7 @@ def _answer_facts(row: dict[str, Any], said: "Answer") -> dict[str, Any]:
 def _totals(answers: list[dict[str, Any]]) -> dict[str, Any]:
     import torch
 
-    from ..metrics import summary
+    from ..metrics import median_p95
 
     facts: dict[str, Any] = {}
     if marked := [row["hit"] for row in answers if "hit" in row]:
@@ -189,7 +191,7 @@ def _totals(answers: list[dict[str, Any]]) -> dict[str, Any]:
     if divergence := [value for row in answers for value in row.pop("kl", [])]:
         same = [value for row in answers for value in row.pop("top1")]
         facts["kl_mean"] = sum(divergence) / len(divergence)
-        facts["kl_p95"] = summary(torch.tensor(divergence))[1]
+        facts["kl_p95"] = median_p95(torch.tensor(divergence))[1]
         facts["top1"] = sum(same) / len(same)
     return facts
 

@@ -107,21 +107,24 @@ def waiting(origin: Source, ui: Ui) -> Iterator[None]:
 
 
 def read_text(doc: str | None) -> tuple[str, str]:
-    """A document's text and the name its snapshot starts with; DOC or `-`, else piped input."""
-    try:
-        if doc == "-" or (doc is None and is_piped(sys.stdin)):
-            return _decode(sys.stdin.buffer.read(), "stdin"), "stdin"
-        if doc is None:
-            raise UsageError("no document given", fix="kvcli prefill DOC, or pipe text in")
-        return _decode(Path(doc).read_bytes(), doc), stem(doc)
-    except OSError as cause:
-        raise StorageError(f"cannot read {doc}", str(cause.strerror)) from cause
+    """A document's text and the name its snapshot starts with; DOC or `-`, else piped input.
+
+    Raises StorageError where it cannot be read, FormatError where it is not UTF-8, UsageError where there is none.
+    """
+    if doc is None and not is_piped(sys.stdin):
+        raise UsageError("no document given", fix="kvcli prefill DOC, or pipe text in")
+    origin = "-" if doc is None else doc
+    return text_of(origin), "stdin" if origin == "-" else stem(origin)
 
 
-def _decode(data: bytes, name: str) -> str:
+def text_of(path: str) -> str:
+    """The UTF-8 text of a file, or of stdin for `-`; raises StorageError, FormatError."""
+    name = "stdin" if path == "-" else path
     try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return data.decode("utf-8-sig")
+    except OSError as cause:
+        raise StorageError(f"cannot read {name}", str(cause.strerror)) from cause
     except UnicodeDecodeError as cause:
-        raise FormatError(
-            f"{name} is not UTF-8 text", f"byte {cause.start} cannot be decoded", "convert it first"
-        ) from cause
+        why = f"byte {cause.start} cannot be decoded"
+        raise FormatError(f"{name} is not UTF-8 text", why, "convert it first") from cause

@@ -2,9 +2,10 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -75,7 +76,7 @@ def output_options(command: F) -> F:
     for option in (
         click.option("--json", "as_json", is_flag=True, expose_value=False, callback=collect, help="One JSON object."),
         click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=collect, help="Only warnings."),
-        click.option("-v", "--verbose", count=True, expose_value=False, callback=collect, help="More; -vv tracebacks."),
+        click.option("-v", "--verbose", count=True, expose_value=False, callback=collect, help="-vv shows tracebacks."),
     ):
         command = option(command)
     return command
@@ -115,27 +116,21 @@ def clean(text: str) -> str:
 
 def size(count: float) -> str:
     """Bytes as people read them: 78.6 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB"):
         count /= 1000
-    raise AssertionError
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain columns, the first to the left and numbers to the right."""
-    lines = [list(headers), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ).rstrip()
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} GB"
 
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage it leaves out what the parent held before the exec
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -25,7 +25,7 @@ def kvmerger_score(kv: LayerKV, stats: Stats, ask: Ask) -> Scored:
     needs=("attn_mass",),
     paper=PAPER,
     after="kvmerger",
-    adds=lambda values: ("span", "bias") if values == "logcount" else ("span",),
+    adds=lambda values, **_: ("span", "bias") if values == "logcount" else ("span",),
 )
 def kvmerger(
     kv: LayerKV,
@@ -35,10 +35,11 @@ def kvmerger(
     ask: Ask,
     *,
     values: Literal["mean", "count", "logcount"] = "logcount",
+    sigma: Literal["mean", "rms", "literal"] = "mean",
 ) -> tuple[LayerKV, Tensor]:
-    """Merge each run around its most attended token; `values` says how the merged entry keeps the run's weight."""
+    """Merge each run around its most attended token; `values` keeps its weight, `sigma` is the width."""
     start, real = top_mask(scored.score, count) & kv.real, kv.real
-    k, v, lens, pivot, size = merge_runs(kv.k, kv.v, _mass(kv, stats), start, real=real)
+    k, v, lens, pivot, size = merge_runs(kv.k, kv.v, _mass(kv, stats), start, sigma, real)
     head = torch.arange(len(lens), device=k.device).repeat_interleave(lens)
     weight = size.float() if kv.bias is None else _sums(kv.bias[real].exp(), size)  # [E] what a run weighs in a softmax
     if values == "count":
@@ -53,6 +54,7 @@ def kvmerger(
 
 def protected(kv: LayerKV, mass: Tensor, ask: Ask) -> Tensor:  # [H, T], [H, T] -> [H, T] bool
     """Sinks, newest and heavy tokens; the last two shrink, heavy first, until the runs they force fit the budget."""
+    # The paper's shares at 35 % (.08 recent, .02 heavy) and 50 % (.17, .12), a line through both, clamped [spec 6].
     share = ask.B / ask.N
     recent = round(ask.N * min(max(0.08 + 0.60 * (share - 0.35), 0.20 * share), 0.50 * share))
     recent = max(ask.recent, min(recent, ask.B - ask.sink - 1))

@@ -20,7 +20,7 @@ __all__ = ["DEFAULT", "Model", "Tick", "find_by_weights", "home", "load"]
 
 HUB = f"HuggingFaceTB/{DEFAULT}"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
-LAYERS = {"full_attention", "sliding_attention"}
+LAYERS = {"full_attention"}
 ROPE_OF_LENGTH = ("dynamic", "longrope")
 
 
@@ -160,6 +160,7 @@ def _refuse(config: Any, attention: str) -> None:
         "it is an encoder": getattr(text, "is_decoder", True) is False and hasattr(text, "add_cross_attention"),
         f"it has layers of {strange}": strange,
         "it keeps a state in place of keys and values": not layers and getattr(net, "_is_stateful", False),
+        "its attention slides over a window": getattr(text, "sliding_window", None),
         f"its positions ({moving} RoPE) depend on the length of the text": moving,
         "transformers does not let its attention be replaced": attention == attend.NAME
         and not getattr(net, "_supports_attention_backend", True),
