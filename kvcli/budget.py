@@ -42,7 +42,8 @@ class Budget:
     def per_head(self, N: int, heads: int, size_of: Callable[[int], int]) -> int:
         """Entries a head for a document of N tokens and `heads` KV heads in all layers.
 
-        size_of: an upper bound of the file's bytes for a number of entries a head; used by a budget in bytes.
+        size_of: an upper bound of the file's bytes for a number of entries a head, which may fall at N, where
+            everything is kept; used by a budget in bytes.
         Raises InfeasibleError where not one entry a head fits.
         """
         if self.share is not None:
@@ -50,7 +51,8 @@ class Budget:
         elif self.tokens is not None:
             per_head = min(self.tokens, N)
         else:
-            per_head = largest(self.bytes or 0, N, size_of)
+            limit = self.bytes or 0
+            per_head = N if size_of(N) <= limit else largest(limit, N - 1, size_of)
         if per_head >= 1:
             return per_head
         smallest = f"{size_of(1)} bytes" if self.bytes else f"{float(Fraction(100, N)):.2g}%, one entry a head"

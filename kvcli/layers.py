@@ -67,6 +67,20 @@ def layer_tensors(
     return ((f"{layer_name(index)}.{name}", tensor) for name, tensor in found.items())
 
 
+def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:
+    """The same statistics; FormatError for one whose shape does not fit the cache."""
+    Hq, D, per_token = meta.layout.q_heads, meta.layout.head_dim, (meta.layout.heads, meta.seq.tokens)
+    shapes: dict[str, tuple[int, ...]] = {"attn_mass": per_token, "value_norm": per_token}
+    for name in ("q_last", "q_probe"):
+        positions: Tensor | None = getattr(stats, f"{name}_pos")
+        count = 0 if positions is None else positions.numel()
+        shapes |= {name: (Hq, count, D), f"{name}_pos": (max(count, 1),)}
+    for name, part in stats.present().items():
+        if tuple(part.shape) != shapes[name]:
+            raise FormatError(f"the snapshot's tensor {layer_name(index)}.stat.{name} is {tuple(part.shape)}")
+    return stats
+
+
 @cache
 def encoder(text: str) -> Step:
     """The encoding a file names; FormatError for one that this kvcli lacks."""

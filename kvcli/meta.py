@@ -81,21 +81,30 @@ class Meta:
         """Raises FormatError for a file that is not ours, is newer than this reader, or whose metadata is damaged."""
         check_version(text)
         try:
-            layout = json.loads(text["kvcli.layout"])
-            layout["kinds"] = tuple(layout.get("kinds", ()))
-            return cls(
-                seq=Seq(**_known(Seq, json.loads(text["kvcli.seq"]))),
-                model=json.loads(text["kvcli.model"]),
-                tokenizer=text["kvcli.tokenizer"],
-                layout=Layout(**_known(Layout, layout)),
-                rope=json.loads(text["kvcli.rope"]),
-                history=tuple(json.loads(text["kvcli.history"])),
-                encode=text["kvcli.encode"],
-                requires=tuple(json.loads(text["kvcli.requires"])),
-                unknown={key: value for key, value in text.items() if key not in OURS},
-            )
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as cause:
+            meta = cls._parse(text)
+            words = (meta.seq.tail, meta.seq.ids_hash, *(meta.model[key] for key in ("id", "architecture", "weights")))
+            words += tuple(step[key] for step in meta.history for key in ("recipe", "budget"))
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError("a name is not a string")
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
             raise FormatError("the snapshot's metadata is damaged", f"{type(cause).__name__}: {cause}") from cause
+        return meta
+
+    @classmethod
+    def _parse(cls, text: Mapping[str, str]) -> "Meta":
+        layout = json.loads(text["kvcli.layout"])
+        layout["kinds"] = tuple(layout.get("kinds", ()))
+        return cls(
+            seq=Seq(**_known(Seq, json.loads(text["kvcli.seq"]))),
+            model=json.loads(text["kvcli.model"]),
+            tokenizer=text["kvcli.tokenizer"],
+            layout=Layout(**_known(Layout, layout)),
+            rope=json.loads(text["kvcli.rope"]),
+            history=tuple(json.loads(text["kvcli.history"])),
+            encode=text["kvcli.encode"],
+            requires=tuple(json.loads(text["kvcli.requires"])),
+            unknown={key: value for key, value in text.items() if key not in OURS},
+        )
 
 
 OURS = frozenset(

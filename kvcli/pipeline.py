@@ -13,6 +13,7 @@ from torch import Tensor
 from .budget import Budget, protection
 from .errors import InfeasibleError, KvError
 from .layers import layer_tensors
+from .meta import Json
 from .metrics import median_p95, output_error
 from .outline import Outline
 from .recipe import Recipe, evicting
@@ -50,7 +51,11 @@ def make_plans(
     Raises InfeasibleError for a missing statistic or a budget that cannot be met.
     """
     stats = [hollow(snapshot.stats[i]) for i in range(len(snapshot.rows))] if keep_stats else []
-    asks = [_ask(snapshot, recipe, budget, stats, seed) for budget in budgets]
+    entries = [
+        {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}
+        for budget in budgets
+    ]
+    asks = [_ask(snapshot, recipe, budget, stats, entry) for budget, entry in zip(budgets, entries, strict=True)]
     lens: list[Tensor] = []
     scored: list[list[Scored | None]] = [[] for _ in asks]
     for i in range(len(snapshot.rows)):
@@ -60,9 +65,8 @@ def make_plans(
             mine.append(part)
         tick(i + 1, len(snapshot.rows))
     plans = []
-    for ask, mine, budget in zip(asks, scored, budgets, strict=True):
+    for ask, mine, entry in zip(asks, scored, entries, strict=True):
         counts, used = _allocate(recipe, mine, lens, ask)
-        entry = {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}
         plans.append(Plan(used, ask, mine, _outline(snapshot, used, counts, stats, entry), keep_stats))
     return plans
 
@@ -108,16 +112,16 @@ def hollow(stats: Stats) -> Stats:
     return Stats(**{name: part.to("meta") for name, part in stats.present().items()})
 
 
-def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Sequence[Stats], seed: int) -> Ask:
+def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Sequence[Stats], entry: Json) -> Ask:
     meta = snapshot.meta
     N, H, L, lead = meta.seq.tokens, meta.layout.heads, len(meta.held), meta.seq.lead
 
     def size_of(B: int) -> int:
-        # Heads that differ, so that the lengths of the heads are counted too.
-        uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B else [B] * H)
+        # Heads that differ, so that the lengths of the heads are counted too; all of everything is laid out as it is.
+        uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B < N else [B] * H)
         counts = [uneven if i in meta.held else torch.full((H,), N) for i in range(meta.layout.layers)]
-        outline = _outline(snapshot, recipe, counts, stats, {"budget": "9" * 64, "parent": "9" * 64})
-        return outline.file_bytes + 8 * len(outline.specs)  # offsets of another distribution may be a digit longer
+        outline = _outline(snapshot, recipe if B < N else evicting(recipe), counts, stats, entry)
+        return outline.file_bytes + (8 * len(outline.specs) if B < N else 0)  # another distribution's longer offsets
 
     B = budget.per_head(N, L * H, size_of) if budget else N
     sink, recent = protection(B, lead)
@@ -127,7 +131,7 @@ def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Seque
             f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head",
             fix="raise the budget or protect less",
         )
-    return Ask(-1, L, L * H * B, B, N, sink, recent, lead, meta.layout.scale, seed)
+    return Ask(-1, L, L * H * B, B, N, sink, recent, lead, meta.layout.scale, entry["seed"])
 
 
 def _score_layer(snapshot: Snapshot, recipe: Recipe, i: int, kv: LayerKV, asks: Sequence[Ask]) -> list[Scored | None]:
@@ -154,6 +158,9 @@ def _check_stats(recipe: Recipe, stats: Stats, layer: int) -> None:
             "compressed files drop their statistics unless made with kvcli compress --keep-stats",
             "compress the full snapshot, or make this one again with --keep-stats",
         )
+    for need in recipe.needs:
+        if not bool(getattr(stats, need).isfinite().all()):
+            raise KvError(f"layer {layer}: the statistic {need} holds NaN or infinity", fix="prefill again")
 
 
 def _allocate(
@@ -172,7 +179,7 @@ def _allocate(
 
 
 def _outline(
-    snapshot: Snapshot, recipe: Recipe, counts: Sequence[Tensor], stats: Sequence[Stats], entry: dict[str, object]
+    snapshot: Snapshot, recipe: Recipe, counts: Sequence[Tensor], stats: Sequence[Stats], entry: Json
 ) -> Outline:
     N, heads = snapshot.meta.seq.tokens, snapshot.meta.layout.heads
     whole = all(bool((count == N).all()) for count in counts)

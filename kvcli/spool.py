@@ -13,7 +13,9 @@ from secrets import token_hex
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
-from .errors import StorageError
+from xxhash import xxh3_128
+
+from .errors import FormatError, StorageError
 from .header import Header, check_snapshot, read_header
 
 BLOCK = 1 << 20  # bytes read, hashed or written at once: what stays in the processor's cache
@@ -37,10 +39,15 @@ def open_input(source: Source) -> int:
 
 
 def header_at(fd: int) -> Header:
-    """The header of the regular file `fd`, held against the size of the file; moves its position."""
+    """The header of the regular file `fd`, held against the size of the file and its digest; moves its position."""
     with blaming("read", "the snapshot"), open(fd, "rb", buffering=0, closefd=False) as f:
         f.seek(0)
-        return read_header(f, os.fstat(fd).st_size)
+        header = read_header(f, os.fstat(fd).st_size)
+        check_snapshot(header)
+        f.seek(header.size - 16)
+        if xxh3_128(header.raw).digest() != f.read(16):
+            raise FormatError("the snapshot's header is damaged", "its digest does not match")
+        return header
 
 
 def header_of(source: Source) -> Header:

@@ -14,7 +14,7 @@ from xxhash import xxh3_128
 
 from .errors import FormatError
 from .header import Entry, Spec, check_snapshot, encode_header, entry_shape, expect, layer_name
-from .layers import DTYPES, PARTS, encoder, layer_specs, layer_tensors, requires_of, spec_of, with_digest
+from .layers import DTYPES, PARTS, check_stats, encoder, layer_specs, layer_tensors, requires_of, spec_of, with_digest
 from .meta import Meta
 from .snapshot import Rows, Snapshot, Stats
 from .spool import BLOCK, Source, blaming, header_at, open_input, open_output, shown
@@ -106,20 +106,17 @@ class Reader:
     Reading is safe from several threads. `digest` identifies the content. Raises StorageError, FormatError.
     """
 
-    def __init__(self, source: Source, check: bool = True) -> None:
+    def __init__(self, source: Source) -> None:
         self._fd, self._name = open_input(source), shown(source)
         self.close = finalize(self, os.close, self._fd)
         self.header = header_at(self._fd)
         self.meta = check_snapshot(self.header)
         self._encoder = encoder(self.meta.encode)
         self._digests: dict[str, bytes] = {}
+        self._verified: set[str] = set()
         table = self.tensor("digest").numpy()
         self.digest: str = xxh3_128(table.data).hexdigest()
-        if check:
-            if xxh3_128(self.header.raw).digest() != table[-1].tobytes():
-                raise FormatError("the snapshot's header is damaged", "its digest does not match")
-            names = [entry.name for entry in self.header.entries[:-1]]
-            self._digests = {name: row.tobytes() for name, row in zip(names, table, strict=False)}
+        self._digests = {e.name: row.tobytes() for e, row in zip(self.header.entries, table[:-1], strict=False)}
 
     def __enter__(self) -> "Reader":
         return self
@@ -135,10 +132,11 @@ class Reader:
         return Snapshot(self.meta, self.tensor("ids"), _Lazy(layers, self.rows), _Lazy(layers, self.stats), extra)
 
     def verify(self, tick: Tick = lambda done, total: None) -> dict[str, Any]:
-        """Read everything and say what was read; FormatError names the first tensor that is damaged."""
+        """Read what was not read yet and say what the file holds; FormatError names the first damaged tensor."""
         scratch = memoryview(bytearray(BLOCK))
         for entry in self.header.entries:
-            self._read(entry, scratch)
+            if entry.name not in self._verified:
+                self._read(entry, scratch)
             tick(entry.end, self.header.size)
         for i in range(self.meta.layout.layers):
             lens = self._lens(i)
@@ -164,7 +162,8 @@ class Reader:
 
     def stats(self, index: int) -> Stats:
         """What prefill observed in a layer, as far as the file has it."""
-        return Stats(**{field.name: self._part(index, f"stat.{field.name}") for field in fields(Stats)})
+        found = {field.name: self._part(index, f"stat.{field.name}") for field in fields(Stats)}
+        return check_stats(index, Stats(**found), self.meta)
 
     def _part(self, index: int, part: str) -> Tensor | None:
         name = f"{layer_name(index)}.{part}"
@@ -214,6 +213,7 @@ class Reader:
                 digest.update(block)
         if expected and digest.digest() != expected:
             raise FormatError(f"the snapshot's tensor {entry.name!r:.80} is damaged", "its digest does not match")
+        self._verified.add(entry.name)
 
     def _fill(self, block: memoryview, start: int) -> None:
         if not self.close.alive:
@@ -239,9 +239,9 @@ class _Lazy(Sequence[T]):
         return [self._read(i) for i in found] if isinstance(found, range) else self._read(found)
 
 
-def open_snapshot(source: Source, check: bool = True) -> Snapshot:
+def open_snapshot(source: Source) -> Snapshot:
     """The snapshot in a file or pipe, which stays open as long as the snapshot lives; see Reader."""
-    return Reader(source, check).snapshot()
+    return Reader(source).snapshot()
 
 
 def verify(source: Source, tick: Tick = lambda done, total: None) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def quality(model: Model) -> list[dict[str, Any]]:
 
 def read(model: Model, path: Path, tally: Tally) -> Prefix:
     with Reader(path) as reader:
-        prefix = Prefix.read(reader.snapshot(), model.device)
+        prefix = Prefix.read(reader.snapshot(), model)
         entries = sum(len(rows.k) for rows in prefix.rows)
         keep = entries / (prefix.tokens * sum(len(rows.lens) for rows in prefix.rows))
     add = {"keep": keep, "entries": entries, "file_bytes": reader.header.size}

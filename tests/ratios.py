@@ -84,7 +84,7 @@ def from_file(model: Model, plain: Model, folder: Path) -> list[dict[str, Any]]:
 
     def resumed() -> None:
         with Reader(folder / "full") as reader:
-            answer(model, Prefix.read(reader.snapshot(), model.device), question, Sampling(n=1))
+            answer(model, Prefix.read(reader.snapshot(), model), question, Sampling(n=1))
 
     def again() -> None:
         plain.net(input_ids=torch.tensor([ids + question]), logits_to_keep=1, use_cache=True)
@@ -95,7 +95,7 @@ def from_file(model: Model, plain: Model, folder: Path) -> list[dict[str, Any]]:
     plain.net(input_ids=torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
     for recipe, name in (("snapkv", "uniform"), ("snapkv+adakv", "ragged")):
         with Reader(folder / f"{recipe} 35%") as reader:
-            prefix = Prefix.read(reader.snapshot(), model.device)
+            prefix = Prefix.read(reader.snapshot(), model)
         what = f"decoding 32 tokens from the full DynamicCache / from keep 35% {name}"
         rows.append(
             versus(
@@ -109,7 +109,7 @@ def raggedness(model: Model, path: Path, question: list[int]) -> dict[str, Any]:
     """What a ragged file holds beside keys and values, and the largest memory resuming asks for at once."""
     with Reader(path) as reader:
         facts = summary(reader.header, reader.meta)
-        layout, prefix = reader.meta.layout, Prefix.read(reader.snapshot(), model.device)
+        layout, prefix = reader.meta.layout, Prefix.read(reader.snapshot(), model)
     entry = 2 * (layout.head_dim + layout.v_dim)
     if facts["kv_bytes"] != facts["entries"] * entry:
         raise ValueError(f"{facts['kv_bytes']} bytes of keys and values, {facts['entries']} entries of {entry} bytes")

@@ -13,6 +13,7 @@ import pytest
 from tiny import nudge, tiny_model
 
 from kvcli.cli import COMMANDS, run
+from kvcli.spool import header_of
 
 TEXT = "The harbour opened at six. " * 12 + "The new ferry is called Kestrel.\n"
 KVCLI = [sys.executable, "-m", "kvcli"]
@@ -123,6 +124,12 @@ REFUSED = [
     ("resume b --questions bad.jsonl", 4, "bad.jsonl:2"),
     ("resume b -p x --against b", 2, "compressed"),
     ("resume b -p x --against doc.txt", 4, "header"),
+    ("compress a.kv.safetensors -m snapkv -b 20% -b 20% -o x-{budget}", 2, "twice"),
+    ("compress a.kv.safetensors -m random -b 20% -o none/x", 3, "none"),
+    ("compress a.kv.safetensors -m random -b 20% --seed 99999999999 -o x", 2, "seed"),
+    ("compress a.kv.safetensors -m snapkv:kernel=99999999999999999999999 -b 20% -o x", 1, "failed"),
+    ("inspect flipped-header", 4, "header"),
+    ("resume flipped-stat -p x", 4, "stat."),
     ("resume b -p x --model other", 5, "weights differ"),
     ("resume b -p x --model wide", 5, "made with"),
     ("resume b -p x -n 400", 6, "no room"),
@@ -143,6 +150,11 @@ def test_bad_input(work: Path, capsys: pytest.CaptureFixture[str], line: str, co
     (work / "long.txt").write_text(TEXT * 8)
     small = (work / "b").read_bytes()
     (work / "cut").write_bytes(small[: len(small) // 2])
+    (work / "flipped-header").write_bytes(small.replace(b"LlamaForCausalLM", b"MlamaForCausalLM", 1))
+    full = bytearray((work / "a.kv.safetensors").read_bytes())
+    at = header_of(work / "a.kv.safetensors").by_name["L001.stat.attn_mass"].start
+    full[at] ^= 1
+    (work / "flipped-stat").write_bytes(full)
     (work / "flip").write_bytes(small[:9000] + bytes([small[9000] ^ 4]) + small[9001:])
     args = line.split()
     assert run([*args, "--json"]) == code
@@ -156,6 +168,21 @@ def test_bad_input(work: Path, capsys: pytest.CaptureFixture[str], line: str, co
 def test_a_trusted_model_only_warns(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("resume b -p x -n 2 --model other --trust-model".split()) == 0
     assert "warning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_another_precision_than_the_files(work: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    assert run(["prefill", "doc.txt", "--model", "model", "--dtype", "float32", "-o", "f", "-f"]) == 0
+    for file in ("a.kv.safetensors", "f"):
+        assert run(["resume", file, "-p", "Who?", "-n", "3", "--dtype", dtype]) == 0
+
+
+def test_closed_streams_and_links_to_nowhere_are_no_trouble(work: Path) -> None:
+    (work / "z.kv.safetensors").symlink_to("nowhere")
+    kvcli = " ".join(KVCLI)
+    for line in (f"{kvcli} inspect 2>&- <&-", f"{kvcli} verify b >&-", f"{kvcli} inspect b -q 2>&-"):
+        assert subprocess.run(["bash", "-c", line], capture_output=True, check=False).returncode == 0
+    (work / "z.kv.safetensors").unlink()
 
 
 @pytest.mark.slow

@@ -79,6 +79,9 @@ def test_merging_a_merged_snapshot_adds_weights_up() -> None:
     assert small.bias is not None and small.span is not None
     assert small.bias.item() == pytest.approx(math.log(8))
     assert small.span.item() == 8
+    alone, _ = kvmerger(kv, stats, Scored(cut), torch.tensor([3]), ask(3, 8), values="count")
+    assert torch.equal(alone.v, kv.v) and alone.bias is not None
+    torch.testing.assert_close(alone.bias, kv.bias)
     mean, _ = kvmerger(kv, stats, Scored(cut), torch.tensor([1]), ask(1, 8), values="mean")
     assert mean.bias is not None
     assert mean.bias.item() == pytest.approx(math.log(8 / 3))

@@ -9,6 +9,7 @@ import torch
 from make import make_snapshot
 
 from kvcli.budget import Budget
+from kvcli.errors import KvError
 from kvcli.metrics import output_error
 from kvcli.pipeline import carry_out, make_plans, protect
 from kvcli.recipe import Recipe
@@ -88,6 +89,22 @@ def test_floor_1_of_adakv_is_no_sharing(tmp_path: Path) -> None:
     )
     for one, other in zip(shared.rows, even.rows, strict=True):
         assert torch.equal(one.pos, other.pos) and torch.equal(one.k, other.k)
+
+
+def test_a_byte_budget_bounds_the_file_whatever_the_recipe_is_called(tmp_path: Path) -> None:
+    full = make_snapshot(**SIZES, dtype=torch.float32)
+    recipe = "snapkv" + "+random:sink=1" * 16
+    for limit in range(14_000, 14_200, 7):
+        plan = make_plans(full, Recipe.parse(recipe), [Budget.parse(f"{limit}B")])[0]
+        assert limit - 6 * 150 - 800 < plan.outline.file_bytes <= limit
+
+
+def test_a_byte_budget_that_holds_everything_drops_nothing(tmp_path: Path) -> None:
+    full = make_snapshot(**SIZES)
+    size = make_plans(full, Recipe.parse("kvmerger"), [Budget.parse("100%")])[0].outline.file_bytes
+    for more, whole in ((-16, False), (16, True), (900, True)):
+        plan = make_plans(full, Recipe.parse("kvmerger"), [Budget.parse(f"{size + more}B")])[0]
+        assert (plan.outline.entries == 2 * 3 * 83) == whole
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -193,3 +210,15 @@ def test_output_error_against_float64() -> None:
     for a, r in ((0, 1), (3, 2), (5, 3)):
         expected = (exact(small, a, r) - exact(kv, a, r)).norm() / exact(kv, a, r).norm()
         assert error[a, r].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_nan_in_a_statistic_is_an_error_that_names_the_layer() -> None:
+    full = make_snapshot(**SIZES)
+    mass = full.stats[1].attn_mass
+    assert mass is not None
+    mass[2, 40] = math.nan
+    with pytest.raises(KvError, match=r"layer 1.*attn_mass"):
+        make_plans(full, Recipe.parse("kvmerger"), [Budget.parse("30%")])
+    full.rows[0].k[5, 2] = math.nan
+    with pytest.raises(KvError, match="layer 0"):
+        make_plans(full, Recipe.parse("snapkv"), [Budget.parse("30%")])

@@ -49,7 +49,7 @@ def shrunk(snapshot: Snapshot, recipe: str, path: Path) -> Snapshot:
 
 @pytest.mark.parametrize("chunk", [1024, 64, 1])
 def test_a_full_snapshot_gives_the_logits_of_one_forward_pass(model: Model, eager: Model, chunk: int) -> None:
-    prefix = Prefix.read(read(model, chunk), model.device)
+    prefix = Prefix.read(read(model, chunk), model)
     with torch.no_grad():
         expected = eager.net(torch.tensor([IDS + MORE])).logits[0, -4:]
     torch.testing.assert_close(logits(model, prefix, MORE, 4), expected, atol=1e-4, rtol=0)
@@ -59,7 +59,7 @@ def test_a_full_snapshot_gives_the_logits_of_one_forward_pass(model: Model, eage
 def test_a_compressed_snapshot_equals_masked_attention(model: Model, recipe: str, tmp_path: Path) -> None:
     """Against attention written out in float64 over the rows of the file, layer by layer, inside the same model."""
     small = shrunk(read(model), recipe, tmp_path / "a.kv.safetensors")
-    prefix = Prefix.read(small, model.device)
+    prefix = Prefix.read(small, model)
     cache = make_cache(model.net, prefix.rows, prefix.tokens)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for i, layer in enumerate(cache.layers):
@@ -108,7 +108,7 @@ def test_statistics_against_the_models_own_attention(model: Model, eager: Model,
 
 
 def test_generation_equals_the_models_own(model: Model, eager: Model) -> None:
-    prefix = Prefix.read(read(model), model.device)
+    prefix = Prefix.read(read(model), model)
     pieces: list[str] = []
     said = answer(model, prefix, MORE, Sampling(n=12), pieces.append)
     own = eager.net.generate(torch.tensor([IDS + MORE]), max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -121,7 +121,7 @@ def test_generation_equals_the_models_own(model: Model, eager: Model) -> None:
 
 def test_many_questions_share_one_prefix_that_is_never_changed(model: Model, tmp_path: Path) -> None:
     small = shrunk(read(model), "snapkv+adakv", tmp_path / "a.kv.safetensors")
-    prefix = Prefix.read(small, model.device)
+    prefix = Prefix.read(small, model)
     before = [(rows.k.data_ptr(), rows.k.clone(), rows.v.clone()) for rows in prefix.rows]
     first = answer(model, prefix, MORE, Sampling(n=6)).ids
     answer(model, prefix, [3, 4, 5], Sampling(n=6))
@@ -133,7 +133,7 @@ def test_many_questions_share_one_prefix_that_is_never_changed(model: Model, tmp
 
 
 def test_comparison_with_itself_is_zero(model: Model) -> None:
-    prefix = Prefix.read(read(model), model.device)
+    prefix = Prefix.read(read(model), model)
     divergence, same = compare(model, prefix, prefix, MORE, 5)
     assert len(divergence) == 5 and bool((divergence.abs() < 1e-6).all()) and bool(same.all())
 
@@ -150,11 +150,11 @@ def test_short_documents(model: Model, eager: Model, count: int) -> None:
     snapshot = prefill(model, IDS[:count], (0, "\n", False))
     with torch.no_grad():
         expected = eager.net(torch.tensor([IDS[:count] + MORE])).logits[0, -1:]
-    torch.testing.assert_close(logits(model, Prefix.read(snapshot, model.device), MORE, 1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(model, Prefix.read(snapshot, model), MORE, 1), expected, atol=1e-4, rtol=0)
 
 
 def test_what_cannot_be_done_is_refused(model: Model, eager: Model) -> None:
-    prefix = Prefix.read(read(model), model.device)
+    prefix = Prefix.read(read(model), model)
     with pytest.raises(InfeasibleError, match="eager"):
         make_cache(eager.net, prefix.rows, prefix.tokens)
     with pytest.raises(InfeasibleError, match="512"):

@@ -125,7 +125,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
     for look in (lambda: snapshot.rows[1], lambda: verify(path)):
         with pytest.raises(FormatError, match=r"L001\.v"):
             look()
-    assert len(open_snapshot(path, check=False).rows[1].v) == 26
     for content, words in ((raw + b"x", "more bytes"), (raw[:-5], "5 bytes are missing"), (b"", "empty")):
         path.write_bytes(content)
         for source in (path, io.BytesIO(content)):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -44,9 +45,19 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code the errors define; no traceback without -vv."""
+    _open_closed_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(run(args))
+
+
+def _open_closed_streams() -> None:
+    """A stream that was closed before the start reads and writes nothing, and its number goes to no other file."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, fd)
+            setattr(sys, name, os.fdopen(fd, mode))
 
 
 def run(args: list[str]) -> int:
@@ -68,9 +79,9 @@ def run(args: list[str]) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         return 2
-    except (KvError, click.ClickException, click.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if "-vv" in args or args.count("-v") > 1:
-            raise
+            traceback.print_exc()
         return _fail(args, *_explain(error))
 
 
@@ -80,11 +91,13 @@ def _explain(error: BaseException) -> tuple[int, str, str, str]:
         return error.exit_code, error.what, error.why, error.fix
     if isinstance(error, click.ClickException):
         return error.exit_code, error.format_message(), "", _see_help(error)
-    if isinstance(error, MemoryError):
-        return 1, "out of memory", "", "use a smaller --chunk, a smaller model or a shorter document"
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return 130, "interrupted", "", ""
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        return 1, "out of memory", str(error), "use a smaller --chunk, a smaller model or a shorter document"
     if isinstance(error, OSError):
         return 3, f"{error.filename or 'input or output'}: {error.strerror or error}", "", ""
-    return 130, "interrupted", "", ""
+    return 1, "kvcli failed in a way it should not", f"{type(error).__name__}: {error}", "-vv shows where"
 
 
 def _see_help(error: click.ClickException) -> str:
@@ -93,11 +106,14 @@ def _see_help(error: click.ClickException) -> str:
 
 
 def _fail(args: list[str], code: int, what: str, why: str, fix: str) -> int:
+    from .streams import is_piped
     from .ui import clean
 
     lines = [clean(line) for line in (what, why, fix) if line]
     print("kvcli: " + "\n       ".join(lines), file=sys.stderr)
     if "--json" in args:
         error = {"code": code, "what": what, "why": why, "fix": fix}
-        print(json.dumps({"schema": "kvcli.error/1", "error": error}))
+        # Where the snapshot itself goes to stdout, so would these words.
+        piped = args[0] in ("prefill", "compress") and not {"-o", "--output"} & {*args} and is_piped(sys.stdout)
+        print(json.dumps({"schema": "kvcli.error/1", "error": error}), file=sys.stderr if piped else sys.stdout)
     return code

@@ -51,7 +51,9 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     help="Where it goes [stdout in a pipe, else a derived name]; {budget} is filled in.",
 )
 @click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw by lot.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="For methods that draw by lot."
+)
 @click.option("--keep-stats", is_flag=True, help="Keep the statistics, so that the result can be compressed further.")
 @click.option("--dry-run", is_flag=True, help="Say what would be kept and its size; write nothing.")
 @output_options
@@ -99,6 +101,8 @@ def _targets(
         raise UsageError(
             "several budgets cannot go down one pipe", fix="name the files with -o 'x-{budget}.kv.safetensors'"
         )
+    if len({budget.text for budget in budgets if budget}) < len(budgets) > 1:
+        raise UsageError("the same budget is given twice")
     targets = []
     for budget in budgets:
         text = streams.safe(budget.text) if budget else "all"

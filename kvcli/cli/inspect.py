@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from . import streams
-from .ui import current, output_options, size
+from .ui import clean, current, output_options, size
 
 
 @click.command("inspect", short_help="Say what a snapshot holds and what was done to it.")
@@ -26,7 +26,7 @@ def command(file: str | None) -> None:
     if ui.as_json:
         ui.result("kvcli.inspect/1", facts)
     else:
-        click.echo("\n".join(f"{name:<10} {text}" for name, text in _lines(facts)))
+        click.echo("\n".join(f"{name:<10} {clean(text)}" for name, text in _lines(facts)))
 
 
 def _facts(origin: streams.Source) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import click
 
 from ..errors import FormatError, MismatchError, UsageError
 from . import streams
-from .ui import Ui, current, model_options, output_options, peak_memory, size
+from .ui import Ui, clean, current, model_options, output_options, peak_memory, size
 
 if TYPE_CHECKING:
     from ..model.load import Model
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Draw from this share.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from so many best tokens; 0: from all.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For drawing.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="For drawing.")
 @click.option("--trust-model", is_flag=True, help="Use a model with other weights; warn instead of refusing.")
 @model_options
 @output_options
@@ -54,7 +54,7 @@ def _questions(file: str | None, prompt: str | None, prefix: str, path: str | No
     if (prompt is None) == (path is None):
         raise UsageError("ask something: --prompt TEXT or --questions FILE.jsonl, one of them")
     if path is not None:
-        return _read_questions(path)
+        return [{"prefix": prefix, **row} for row in _read_questions(path)]
     if prompt == "-":
         if file == "-" or (file is None and streams.is_piped(sys.stdin)):
             raise UsageError("--prompt - and a piped snapshot both want stdin", fix="name the snapshot's FILE")
@@ -97,8 +97,9 @@ def _resume(ui: Ui, origin: streams.Source, asked: list[dict[str, Any]], options
             snapshot = reader.snapshot()
             model = _model(ui, snapshot, options, phase)
             start = time.perf_counter()
-            prefix = Prefix.read(snapshot, model.device)
+            prefix = Prefix.read(snapshot, model)
             load_seconds = time.perf_counter() - start
+            reader.verify()
         full = _against(options["against"], snapshot, model)
     sampling = Sampling(options["tokens"], options["temperature"], options["top_p"], options["top_k"], options["seed"])
     answers = [_ask(ui, model, prefix, row, sampling, full) for row in asked]
@@ -138,7 +139,7 @@ def _against(path: str | None, snapshot: "Snapshot", model: "Model") -> "Prefix 
             )
         if other.history:
             raise UsageError(f"{path} is compressed", "KL is measured against the full cache", "name the full snapshot")
-        return Prefix.read(reader.snapshot(), model.device)
+        return Prefix.read(reader.snapshot(), model)
 
 
 def _ask(
@@ -165,7 +166,8 @@ def _streamer(ui: Ui, row: dict[str, Any]) -> Any:
     if ui.as_json:
         return lambda text: None
     print(row.get("prefix", ""), end="", flush=True)
-    return lambda text: print(text, end="", flush=True)
+    shown = clean if sys.stdout.isatty() else str
+    return lambda text: print(shown(text), end="", flush=True)
 
 
 def _answer_facts(row: dict[str, Any], said: "Answer") -> dict[str, Any]:

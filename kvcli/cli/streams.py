@@ -34,13 +34,14 @@ def source(file: str | None, ui: Ui, *, full: bool = False) -> Source:
 
 
 def _newest(full: bool) -> Iterator[Path]:
-    from ..header import check_snapshot, read_header
+    from ..header import check_snapshot
+    from ..spool import header_of
 
-    for path in sorted(Path().glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    found = [path for path in Path().glob(f"*{SUFFIX}") if path.is_file()]  # not a link to nowhere, nor a pipe
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            with path.open("rb") as f:
-                meta = check_snapshot(read_header(f, path.stat().st_size))
-        except (KvError, OSError):
+            meta = check_snapshot(header_of(path))
+        except KvError:
             continue
         if not (full and meta.history):
             yield path
@@ -56,8 +57,10 @@ def target(file: str | None, derived: str, force: bool) -> Source:
             raise UsageError("a snapshot is bytes, and stdout is a terminal", fix="use -o FILE or a pipe")
         return sys.stdout.buffer
     path = Path(file or derived)
-    if path.exists() and not force:
+    if path.is_file() and not force:
         raise StorageError(f"{path} exists", "it is kept as it is", "use -f to overwrite it or -o for another name")
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(f"cannot write {path}", f"{path.parent} is not a folder that can be written to")
     return path
 
 

@@ -111,7 +111,7 @@ def model_options(command: F) -> F:
 
 def clean(text: str) -> str:
     """Text safe for a terminal: control characters shown as escapes."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def size(count: float) -> str:
@@ -127,10 +127,11 @@ def size(count: float) -> str:
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage it leaves out what the parent held before the exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status")  # unlike getrusage it leaves out what the parent held before the exec
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

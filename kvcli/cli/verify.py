@@ -3,7 +3,7 @@
 import click
 
 from . import streams
-from .ui import current, output_options, size
+from .ui import clean, current, output_options, size
 
 
 @click.command("verify", short_help="Check every byte of a snapshot.")
@@ -27,4 +27,4 @@ def command(file: str | None) -> None:
     if ui.as_json:
         ui.result("kvcli.verify/1", facts)
     else:
-        click.echo(f"{facts['file']}: ok, {facts['tensors']} tensors, {size(facts['bytes'])}")
+        click.echo(f"{clean(facts['file'])}: ok, {facts['tensors']} tensors, {size(facts['bytes'])}")

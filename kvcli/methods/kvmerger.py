@@ -43,7 +43,7 @@ def kvmerger(
     head = torch.arange(len(lens), device=k.device).repeat_interleave(lens)
     weight = size.float() if kv.bias is None else _sums(kv.bias[real].exp(), size)  # [E] what a run weighs in a softmax
     if values == "count":
-        v = (v.float() * weight[:, None]).to(v.dtype)
+        v = (v.float() * size[:, None]).to(v.dtype)
     bias = weight.log() if values == "logcount" else None if kv.bias is None else (weight / size).log()
     span = size if kv.span is None else _sums(kv.span[real].double(), size)
     merged = LayerKV.from_rows(Rows(k, v, kv.pos[head, pivot], lens, bias, span.int()))

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..errors import InfeasibleError
-from ..kernels.attention import causal_attention
 
 NAME = "kvcli"
 # Arguments a model may pass along that change nothing here.
@@ -32,15 +31,18 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(key, NAME, None)
     if layer is None:
-        out, _ = causal_attention(query[0], key[0], value[0], scale)
-    else:
-        out = layer.attend(query[0], scale, module)
-    return out.transpose(0, 1)[None], None
+        raise InfeasibleError(
+            "the model's attention did not get its keys from a cache of kvcli",
+            "the model changes keys after it caches them, or runs without a cache",
+        )
+    return layer.attend(query[0], scale, module).transpose(0, 1)[None], None
 
 
 def refuse(query: Tensor, mask: Tensor | None, rest: dict[str, Any]) -> None:
     """Raise InfeasibleError naming what this attention cannot honour."""
     strange = sorted(name for name, value in rest.items() if name not in HARMLESS and value is not None)
+    if rest.get("is_causal") is False:
+        strange.append("attention in both directions")
     if mask is not None:
         strange.append("attention_mask")
     if query.shape[0] != 1:

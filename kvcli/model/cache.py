@@ -1,6 +1,7 @@
 """The snapshot as a transformers cache: an immutable prefix shared by all questions and a growing suffix."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +102,7 @@ def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cach
     return Cache(layers=[Layer(rows, start) for rows in prefix])
 
 
-def to_device(rows: Rows, device: torch.device) -> Rows:
-    """The rows where the model is; the same object when they are there already."""
-    if rows.k.device == device:
-        return rows
+def place(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
+    """The rows where the model is and in its precision; nothing is copied that is so already."""
     bias = None if rows.bias is None else rows.bias.to(device)
-    return Rows(rows.k.to(device), rows.v.to(device), rows.pos.to(device), rows.lens, bias, rows.span)
+    return replace(rows, k=rows.k.to(device, dtype), v=rows.v.to(device, dtype), bias=bias)

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import cached_file
 
 from ..errors import InfeasibleError, KvError, StorageError, UsageError
@@ -72,6 +78,8 @@ def load(
         net, tokenizer = _open(source, name, DTYPES[dtype], attention)
         folder = source if isinstance(source, Path) else _hub_folder(source)
     revision = "" if folder is source or folder is None else folder.name
+    # Greedy is to mean greedy: generate would fill what it is not told from here, repetition penalties and all.
+    net.generation_config = GenerationConfig(eos_token_id=net.generation_config.eos_token_id)
     net = net.to(target).eval().requires_grad_(False)
     return Model(net, tokenizer, folder, name, revision, target)
 

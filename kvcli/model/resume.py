@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
-from ..errors import InfeasibleError, MismatchError
+from ..errors import InfeasibleError, MismatchError, UsageError
 from ..meta import Meta
 from ..metrics import kl, top1
 from ..snapshot import Rows, Snapshot
-from .cache import make_cache, to_device
+from .cache import make_cache, place
 from .load import DEFAULT, Model, Tick, find_by_weights, load
 from .text import context_length, stop_ids
 
@@ -26,9 +26,9 @@ class Prefix:
     tail: str
 
     @classmethod
-    def read(cls, snapshot: Snapshot, device: torch.device) -> "Prefix":
+    def read(cls, snapshot: Snapshot, model: Model) -> "Prefix":
         """Read every layer once, straight into the memory it is used from."""
-        rows = [to_device(snapshot.rows[i], device) for i in range(len(snapshot.rows))]
+        rows = [place(snapshot.rows[i], model.device, model.net.dtype) for i in range(len(snapshot.rows))]
         return cls(rows, snapshot.meta.seq.next_pos, snapshot.meta.seq.tail)
 
 
@@ -117,6 +117,8 @@ def answer(
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Answer:
     """Run the question's ids behind the prefix and generate until the end of the turn; the prefix is left as it was."""
+    if not ids:
+        raise UsageError("nothing is asked", "the prompt is empty and the chat template adds nothing behind it")
     room = context_length(model.config) - prefix.tokens - len(ids)
     if room < sampling.n:
         raise InfeasibleError(
