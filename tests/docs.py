@@ -22,7 +22,10 @@ def names_file() -> str:
 def methods_table() -> str:
     rows = ["| name | stage | what it does | options | needs | paper |", "| --- | --- | --- | --- | --- | --- |"]
     for stage in stages():
-        options = ", ".join(f"`{key}={option.default}`" for key, option in stage.options.items())
+        options = ", ".join(
+            f"`{key}={option.default}`" + (f" ({', '.join(option.choices)})" if option.choices else "")
+            for key, option in stage.options.items()
+        )
         cells = (f"`{stage.name}`", stage.kind, stage.help, options, ", ".join(stage.needs), stage.paper)
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
