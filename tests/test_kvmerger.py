@@ -141,3 +141,16 @@ def test_four_runs_with_both_ends_protected() -> None:
     kv, stats = example()
     score = kvmerger_score(kv, stats, ask(4, 8, sink=1, recent=1)).score
     assert (score[0] > -0.9).nonzero().flatten().tolist() == [0, 1, 3, 7]
+
+
+def test_attention_over_exact_duplicates_is_exact() -> None:
+    generator = torch.Generator().manual_seed(6)
+    times = torch.randint(1, 6, (25,), generator=generator)
+    rows = [torch.randn(1, 25, 8, generator=generator).repeat_interleave(times, 1) for _ in range(2)]
+    kv, N = layer(*rows), int(times.sum())
+    cut = torch.full((1, N), -1.0)
+    cut[0, times.cumsum(0) - times] = math.inf
+    stats = Stats(attn_mass=torch.rand(1, N, generator=generator))
+    small, _ = kvmerger(kv, stats, Scored(cut), torch.tensor([25]), ask(25, N), values="logcount")
+    q, later = torch.randn(2, 9, 8, generator=generator), torch.full((9,), N)
+    torch.testing.assert_close(attend(q, later, small, 0.35), attend(q, later, kv, 0.35), atol=1e-6, rtol=1e-5)
