@@ -1,7 +1,9 @@
 """kvcli compress: a snapshot becomes a smaller snapshot. No model is needed."""
 
+import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,20 +132,23 @@ def _compress(
     start = time.perf_counter()
     with streams.waiting(origin, ui):
         reader = Reader(origin)
-    with reader, ui.progress("scoring") as tick:
-        snapshot = reader.snapshot()
-        plans = make_plans(snapshot, recipe, budgets, seed=seed, parent=reader.digest, keep_stats=keep_stats, tick=tick)
+    with reader:
+        snapshot, plan = reader.snapshot(), partial(make_plans, seed=seed, parent=reader.digest, keep_stats=keep_stats)
+        with ui.progress("scoring") as tick:
+            plans = plan(snapshot, recipe, budgets, tick=tick)
         rows = [_row(plan, budget) for plan, budget in zip(plans, budgets, strict=True)]
         if not dry_run:
             with ui.progress("writing") as tick:
                 reports = carry_out(snapshot, plans, targets, force=force, tick=tick)
             for row, report, target in zip(rows, reports, targets, strict=True):
-                numbers = report.nanmean(0).tolist()
-                row["file"] = streams.shown(target)
-                row["output_error"] = None if numbers[0] != numbers[0] else dict(zip(ERRORS, numbers, strict=True))
+                row |= {"file": streams.shown(target), "output_error": _errors(report.nanmean(0).tolist())}
     for row in rows:
         row.update(seconds=time.perf_counter() - start, peak_memory=peak_memory(), bytes_before=reader.header.size)
     return rows
+
+
+def _errors(numbers: list[float]) -> dict[str, float] | None:
+    return None if any(map(math.isnan, numbers)) else dict(zip(ERRORS, numbers, strict=True))
 
 
 ERRORS = ("q_last_median", "q_last_p95", "q_probe_median", "q_probe_p95")

@@ -100,7 +100,8 @@ def prefill(
 ) -> Snapshot:
     """The model's memory of `ids` with all statistics; memory is the cache plus one chunk.
 
-    seq: (lead, tail, chat) as `text.document_ids` gives them. Raises KvError where a layer is not finite.
+    seq: the lead and tail of `text.document_ids`, and whether the chat template was used.
+    Raises InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
     if len(ids) > (most := context_length(model.config)):
         raise InfeasibleError(f"the document has {len(ids):,} tokens, the model reads {most:,}", fix="shorten it")

@@ -116,7 +116,10 @@ def answer(
     sampling: Sampling,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Answer:
-    """Run the question's ids behind the prefix and generate until the end of the turn; the prefix is left as it was."""
+    """Run the question's ids behind the prefix and generate until the end of the turn; the prefix is left as it was.
+
+    Raises UsageError if nothing is asked, InfeasibleError if the model's context has no room for the answer.
+    """
     if not ids:
         raise UsageError("nothing is asked", "the prompt is empty and the chat template adds nothing behind it")
     room = context_length(model.config) - prefix.tokens - len(ids)
