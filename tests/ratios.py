@@ -15,7 +15,8 @@ from transformers import DynamicCache
 
 from kvcli.budget import Budget
 from kvcli.header import summary
-from kvcli.model.cache import make_cache
+from kvcli.meta import Layout
+from kvcli.model.cache import Layer, make_cache
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
 from kvcli.model.resume import Prefix, Sampling, answer
@@ -113,7 +114,7 @@ def raggedness(model: Model, path: Path, question: list[int]) -> dict[str, Any]:
     entry = 2 * (layout.head_dim + layout.v_dim)
     if facts["kv_bytes"] != facts["entries"] * entry:
         raise ValueError(f"{facts['kv_bytes']} bytes of keys and values, {facts['entries']} entries of {entry} bytes")
-    asked = largest_allocation(lambda: answer(model, prefix, question, Sampling(n=4)))
+    asked = largest_allocation(lambda: attending(prefix, layout, len(question)))
     padded = max(len(rows.lens) * int(rows.lens.max()) * layout.head_dim * 2 for rows in prefix.rows)
     kept = max(rows.k.nbytes for rows in prefix.rows)
     return {
@@ -124,10 +125,20 @@ def raggedness(model: Model, path: Path, question: list[int]) -> dict[str, Any]:
         "entries": facts["entries"],
         "kv_bytes": facts["kv_bytes"],
         "file_bytes": facts["file_bytes"],
-        "largest_allocation": asked,
+        "largest_allocation_of_attention": asked,
         "largest_keys_of_a_layer": kept,
         "the_same_padded": padded,
     }
+
+
+def attending(prefix: Prefix, layout: Layout, new: int) -> None:
+    """The attention of a question of `new` tokens and of one token more, in every layer; nothing else of the model."""
+    for rows in prefix.rows:
+        layer = Layer(rows, prefix.tokens)
+        for count in (new, 1):
+            k = rows.k.new_ones(1, layout.heads, count, layout.head_dim)
+            layer.update(k, k)
+            layer.attend_lse(rows.k.new_ones(layout.q_heads, count, layout.head_dim), layout.scale)
 
 
 def largest_allocation(work: Callable[[], object]) -> int:

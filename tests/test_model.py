@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ratios import attending, largest_allocation
 from tiny import tiny_model
 from transformers import DynamicCache
 
 from kvcli.budget import Budget
 from kvcli.errors import InfeasibleError, KvError
+from kvcli.meta import Layout
 from kvcli.model.attend import attend
 from kvcli.model.cache import make_cache
 from kvcli.model.load import Model, load
@@ -16,7 +18,7 @@ from kvcli.model.observe import prefill, probe
 from kvcli.model.resume import Prefix, Sampling, answer, compare, logits
 from kvcli.pipeline import carry_out, make_plans
 from kvcli.recipe import Recipe
-from kvcli.snapshot import Snapshot
+from kvcli.snapshot import Rows, Snapshot
 from kvcli.storage import Reader
 
 IDS = torch.randint(5, 290, (150,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -181,3 +183,11 @@ def test_bfloat16_is_close_to_float32(folder: Path, model: Model) -> None:
     assert mass is not None and other is not None
     assert float((mass - other).norm() / mass.norm()) < 0.02
     assert rough.meta.seq == exact.meta.seq
+
+
+def test_attention_over_ragged_heads_makes_no_padded_copy() -> None:
+    lens = torch.tensor([12_000, 40, 7])
+    k = torch.zeros(int(lens.sum()), 64, dtype=torch.bfloat16)
+    rows = Rows(k, k, torch.cat([torch.arange(n, dtype=torch.int32) for n in lens.tolist()]), lens)
+    layout = Layout(1, 3, 9, 64, 64, "BF16", 0.125)
+    assert largest_allocation(lambda: attending(Prefix([rows], 12_000, ""), layout, 20)) < k.nbytes
