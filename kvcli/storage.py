@@ -14,8 +14,9 @@ from xxhash import xxh3_128
 
 from .errors import FormatError
 from .header import Entry, Spec, check_snapshot, encode_header, entry_shape, expect, layer_name
-from .layers import DTYPES, PARTS, check_stats, encoder, layer_specs, layer_tensors, requires_of, spec_of, with_digest
+from .layers import DTYPES, PARTS, check_stats, encoder, layer_tensors, spec_of, with_digest
 from .meta import Meta
+from .outline import Outline
 from .snapshot import Rows, Snapshot, Stats
 from .spool import BLOCK, Source, blaming, header_at, open_input, open_output, shown
 
@@ -76,19 +77,15 @@ def write_snapshot(snapshot: Snapshot, target: Source, force: bool = False) -> i
 
     Positions are left out where they are 0 ... N-1 in every head.
     """
-    meta = replace(snapshot.meta, encode="raw")
-    specs, stored = [spec_of("ids", snapshot.ids)], []
-    for i, rows in enumerate(snapshot.rows):
-        stored.append(_parts(rows, meta.seq.tokens))
-        specs += layer_specs(i, rows.lens.tolist(), meta, stored[i], snapshot.stats[i])
-    specs += [spec_of(name, tensor) for name, tensor in snapshot.extra.items()]
-    meta = replace(meta, requires=requires_of(specs, "raw"))
-    with Writer(target, specs, meta, force) as out:
+    meta, lens = replace(snapshot.meta, encode="raw"), [rows.lens for rows in snapshot.rows]
+    parts = frozenset(part for rows in snapshot.rows for part in _parts(rows, meta.seq.tokens))
+    outline = Outline.of(meta, lens, parts, snapshot.stats, snapshot.extra)
+    with Writer(target, outline.specs, outline.meta, force) as out:
         out.put("ids", snapshot.ids)
         for i, rows in enumerate(snapshot.rows):
             shapes = encoder("raw").part("shapes", rows.lens.tolist(), meta.layout)
             payload = {name: getattr(rows, name).reshape(shape) for name, (_, shape) in shapes.items()}
-            for name, tensor in layer_tensors(i, payload, rows, stored[i], snapshot.stats[i]):
+            for name, tensor in layer_tensors(i, payload, rows, parts, snapshot.stats[i]):
                 out.put(name, tensor)
         for name, tensor in snapshot.extra.items():
             out.put(name, tensor)

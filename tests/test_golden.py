@@ -7,9 +7,7 @@ import torch
 from xxhash import xxh3_64_hexdigest
 
 from kvcli.errors import FormatError
-from kvcli.layers import layer_tensors
-from kvcli.outline import Outline
-from kvcli.storage import Reader, Writer
+from kvcli.storage import Reader, write_snapshot
 
 GOLDEN = Path(__file__).parent.parent / "samples/golden-1.0.kv.safetensors"
 LENS = [[21, 15], [16, 20]]
@@ -35,16 +33,8 @@ def test_format_1_0_is_read_as_it_was_written() -> None:
 
 
 def test_format_1_0_is_written_byte_for_byte(tmp_path: Path) -> None:
-    snapshot, again = Reader(GOLDEN).snapshot(), tmp_path / "again"
-    parts = frozenset(("pos", "bias", "span"))
-    outline = Outline.of(snapshot.meta, [rows.lens for rows in snapshot.rows], parts, snapshot.stats, snapshot.extra)
-    with Writer(again, outline.specs, outline.meta) as out:
-        out.put("ids", snapshot.ids)
-        for i, rows in enumerate(snapshot.rows):
-            for name, tensor in layer_tensors(i, {"k": rows.k, "v": rows.v}, rows, parts, snapshot.stats[i]):
-                out.put(name, tensor)
-        for name, tensor in snapshot.extra.items():
-            out.put(name, tensor)
+    again = tmp_path / "again"
+    write_snapshot(Reader(GOLDEN).snapshot(), again)
     assert again.read_bytes() == GOLDEN.read_bytes()
 
 

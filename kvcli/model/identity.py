@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import MismatchError, StorageError
+from ..layers import NAMES
 from ..meta import Json, Layout, Meta
 from .convert import recall, remember, stamps, weight_files
 
@@ -27,7 +28,6 @@ SHAPING = """
     layer_norm_epsilon norm_eps layer_types sliding_window attn_logit_softcapping query_pre_attn_scalar
     attention_multiplier embedding_multiplier residual_multiplier
 """
-STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 BLOCK = 1 << 22  # bytes
 NEAR, NEAR_16_BIT = 1e-3, 0.1  # largest relative error of the probe
 
@@ -152,7 +152,7 @@ def _stored(model: "Model") -> tuple[str, str]:
     for name, weight in sorted(model.net.state_dict().items()):
         digest.update(json.dumps([name, str(weight.dtype), list(weight.shape)]).encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest(), STORED[model.net.dtype]
+    return digest.hexdigest(), NAMES[model.net.dtype]
 
 
 def _quantization(config: Any) -> str:

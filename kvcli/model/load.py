@@ -25,7 +25,7 @@ from .identity import record, tokenizer_hash
 __all__ = ["DEFAULT", "Model", "Tick", "find_by_weights", "home", "load"]
 
 HUB = f"HuggingFaceTB/{DEFAULT}"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
 LAYERS = {"full_attention"}
 ROPE_OF_LENGTH = ("dynamic", "longrope")
 
@@ -69,13 +69,13 @@ def load(
     tick: is told what takes a while. Raises StorageError for what cannot be found or read, InfeasibleError for models
     whose memory is not a cache of keys and values, UsageError for an unknown dtype. Code from a hub is never run.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: write {', '.join(DTYPES)}")
+    if dtype not in PRECISIONS:
+        raise UsageError(f"--dtype {dtype}: write {', '.join(PRECISIONS)}")
     target = _device(device)
     source, name = _find(name, tick)
     tick(f"loading {name}")
     with quiet():
-        net, tokenizer = _open(source, name, DTYPES[dtype], attention)
+        net, tokenizer = _open(source, name, PRECISIONS[dtype], attention)
         folder = source if isinstance(source, Path) else _hub_folder(source)
     revision = "" if folder is source or folder is None else folder.name
     # Greedy is to mean greedy: generate would fill what it is not told from here, repetition penalties and all.

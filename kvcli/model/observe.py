@@ -12,6 +12,7 @@ from transformers import Cache
 
 from ..errors import InfeasibleError, KvError
 from ..kernels.mass import attention_mass
+from ..layers import NAMES
 from ..meta import Layout, Meta, Seq
 from ..snapshot import Rows, Snapshot, Stats
 from .cache import Layer
@@ -21,7 +22,6 @@ from .text import context_length
 WINDOW = 64  # last queries saved
 PROBES = 64  # queries saved evenly over the document
 IDENTITY = 8  # tokens run on their own to recognise the model
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 class ObservedLayer(Layer):
@@ -145,7 +145,7 @@ def _meta(model: Model, ids: Tensor, seq: tuple[int, str, bool], layer: Observed
         q_heads=layer.queries["last"][0].shape[0],
         head_dim=layer.keys.shape[-1],
         v_dim=layer.values.shape[-1],
-        dtype=DTYPES[layer.keys.dtype],
+        dtype=NAMES[layer.keys.dtype],
         scale=layer.scale,
         kinds=("full",) * config.num_hidden_layers,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from ..errors import InfeasibleError, MismatchError, UsageError
+from ..layers import DTYPES
 from ..meta import Meta
 from ..metrics import kl, top1
 from ..snapshot import Rows, Snapshot
@@ -96,8 +97,8 @@ def model_for(
     """
     if name is None:
         name = _named(meta)
-    words = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-    return load(name, device=device, dtype=dtype or words.get(meta.layout.dtype, "auto"), tick=tick)
+    own = str(DTYPES[meta.layout.dtype]).removeprefix("torch.")
+    return load(name, device=device, dtype=dtype or own, tick=tick)
 
 
 def _named(meta: Meta) -> str:
