@@ -13,7 +13,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from .errors import FormatError
-from .header import Entry, Spec, check_snapshot, encode_header, entry_shape, expect, layer_name
+from .header import Entry, Spec, encode_header, entry_shape, expect, layer_name
 from .layers import DTYPES, PARTS, check_stats, encoder, layer_tensors, spec_of, with_digest
 from .meta import Meta
 from .outline import Outline
@@ -107,7 +107,7 @@ class Reader:
         self._fd, self._name = open_input(source), shown(source)
         self.close = finalize(self, os.close, self._fd)
         self.header = header_at(self._fd)
-        self.meta = check_snapshot(self.header)
+        self.meta = self.header.meta
         self._encoder = encoder(self.meta.encode)
         self._digests: dict[str, bytes] = {}
         self._verified: set[str] = set()

@@ -85,7 +85,9 @@ def from_file(model: Model, plain: Model, folder: Path) -> list[dict[str, Any]]:
 
     def resumed() -> None:
         with Reader(folder / "full") as reader:
-            answer(model, Prefix.read(reader.snapshot(), model), question, Sampling(n=1))
+            prefix = Prefix.read(reader.snapshot(), model)
+            reader.verify()
+        answer(model, prefix, question, Sampling(n=1))
 
     def again() -> None:
         plain.net(input_ids=torch.tensor([ids + question]), logits_to_keep=1, use_cache=True)

@@ -93,7 +93,7 @@ def _explain(error: BaseException) -> tuple[int, str, str, str]:
         return error.exit_code, error.format_message(), "", _see_help(error)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return 130, "interrupted", "", ""
-    if isinstance(error, MemoryError) or "memory" in str(error):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
         return 1, "out of memory", str(error), "use a smaller --chunk, a smaller model or a shorter document"
     if isinstance(error, OSError):
         return 3, f"{error.filename or 'input or output'}: {error.strerror or error}", "", ""

@@ -30,11 +30,11 @@ def command(file: str | None) -> None:
 
 
 def _facts(origin: streams.Source) -> dict[str, Any]:
-    from ..header import check_snapshot, summary
+    from ..header import summary
     from ..spool import header_of
 
     header = header_of(origin)
-    return summary(header, check_snapshot(header))
+    return summary(header, header.meta)
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

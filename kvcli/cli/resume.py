@@ -98,8 +98,8 @@ def _resume(ui: Ui, origin: streams.Source, asked: list[dict[str, Any]], options
             model = _model(ui, snapshot, options, phase)
             start = time.perf_counter()
             prefix = Prefix.read(snapshot, model)
-            load_seconds = time.perf_counter() - start
             reader.verify()
+            load_seconds = time.perf_counter() - start
         full = _against(options["against"], snapshot, model)
     sampling = Sampling(options["tokens"], options["temperature"], options["top_p"], options["top_k"], options["seed"])
     answers = [_ask(ui, model, prefix, row, sampling, full) for row in asked]

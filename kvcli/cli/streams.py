@@ -34,13 +34,12 @@ def source(file: str | None, ui: Ui, *, full: bool = False) -> Source:
 
 
 def _newest(full: bool) -> Iterator[Path]:
-    from ..header import check_snapshot
     from ..spool import header_of
 
     found = [path for path in Path().glob(f"*{SUFFIX}") if path.is_file()]  # not a link to nowhere, nor a pipe
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            meta = check_snapshot(header_of(path))
+            meta = header_of(path).meta
         except KvError:
             continue
         if not (full and meta.history):

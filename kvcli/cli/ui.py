@@ -18,7 +18,6 @@ class Ui:
     """How much a command says, and where."""
 
     quiet: bool = False
-    verbose: int = 0
     as_json: bool = False
 
     def say(self, text: str) -> None:
@@ -66,7 +65,7 @@ class Ui:
 
 
 def output_options(command: F) -> F:
-    """--json, --quiet and --verbose, handed to the command as `ui`."""
+    """--json and --quiet, which `current` hands to the command; -vv is looked for where errors are shown."""
 
     def collect(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         given = ctx.meta.setdefault("kvcli.ui", {})
@@ -76,7 +75,7 @@ def output_options(command: F) -> F:
     for option in (
         click.option("--json", "as_json", is_flag=True, expose_value=False, callback=collect, help="One JSON object."),
         click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=collect, help="Only warnings."),
-        click.option("-v", "--verbose", count=True, expose_value=False, callback=collect, help="-vv shows tracebacks."),
+        click.option("-v", "--verbose", count=True, expose_value=False, help="-vv shows tracebacks."),
     ):
         command = option(command)
     return command
