@@ -1,7 +1,8 @@
 """Attention mass, the attention each key receives from a block of queries: q [Hq, M, D], k [H, T, D] -> [H, T].
 
-mass_j = sum over the queries i, mean over the G heads of a group, of exp(scale * <q_i, k_j> - lse_i). The lse [Hq, M]
-of a query covers all it sees: the masses of a chunk's two parts, earlier keys and its own triangle, simply add up.
+mass_j = sum over the queries i, mean over the G heads of a group, of exp(logit_ij - lse_i), where the logit is
+scale * <q_i, k_j>, soft-capped if the model does so. The lse [Hq, M] of a query covers all it sees: the masses of a
+chunk's two parts, earlier keys and its own triangle, simply add up.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .banded import capped
 from .dense import flash
 from .op import Op, random
 
@@ -26,6 +28,7 @@ def attention_mass_ref(
     lse: Tensor,  # [Hq, M] float32, -inf for a query that sees nothing
     scale: float,
     causal: bool,  # True: T == M and query i sees the keys j <= i; False: it sees them all
+    softcap: float | None = None,
 ) -> Tensor:  # [H, T] float32
     """The definition."""
     H, T, _ = k.shape
@@ -33,7 +36,7 @@ def attention_mass_ref(
     mass = torch.zeros(H, T, device=k.device)
     for i in range(0, q.shape[2], BLOCK):
         lse_i = lse[:, :, i : i + BLOCK, None]  # [H, G, B, 1]
-        logit = q[:, :, i : i + BLOCK].float() @ keys * scale  # [H, G, B, T]
+        logit = capped(q[:, :, i : i + BLOCK].float() @ keys * scale, softcap)  # [H, G, B, T]
         seen = lse_i > -math.inf
         if causal:
             order = torch.arange(T, device=k.device)
@@ -42,11 +45,16 @@ def attention_mass_ref(
     return mass / q.shape[1]
 
 
-def attention_mass_cpu(q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool) -> Tensor:  # [H, T] float32
+def attention_mass_cpu(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool, softcap: float | None = None
+) -> Tensor:  # [H, T] float32
     """One flash call with the roles swapped: keys ask, queries answer, and the call's own LSE is the log of the mass.
 
-    In the causal case both orders are reversed, which turns "i >= j" into the causality the call knows.
+    In the causal case both orders are reversed, which turns "i >= j" into the causality the call knows. Soft-capped
+    logits are beyond it and take the reference.
     """
+    if softcap is not None:
+        return attention_mass_ref(q, k, lse, scale, causal, softcap)
     H, T, _ = k.shape
     if not (T and q.shape[1]):
         return torch.zeros(H, T)
@@ -78,7 +86,8 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
     k = random((H, T, D), dtype, generator)
     logit = q.float() @ k.float().repeat_interleave(G, 0).mT * D**-0.5
-    return q, k, torch.cat([logit, torch.ones(H * G, M, 1)], -1).logsumexp(-1), D**-0.5, "M" not in case
+    lse = torch.cat([logit, torch.ones(H * G, M, 1)], -1).logsumexp(-1)
+    return q, k, lse, D**-0.5, "M" not in case, case.get("softcap")
 
 
 attention_mass = Op(
@@ -92,5 +101,6 @@ attention_mass = Op(
         {"H": 3, "G": 2, "T": 129, "D": 20},
         {"H": 2, "G": 1, "T": 2, "D": 80, "M": 63},
         {"H": 1, "G": 4, "T": 517, "D": 64, "M": 129},
+        {"H": 2, "G": 2, "T": 65, "D": 16, "softcap": 2.0},
     ),
 )

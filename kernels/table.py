@@ -2,6 +2,7 @@
 
 from .adjacent import adjacent_cosine
 from .attention import causal_attention, ragged_attention
+from .banded import banded_attention
 from .dense import dense_attention
 from .mass import attention_mass
 from .op import Op
@@ -11,6 +12,7 @@ from .window import window_scores
 OPS: tuple[Op, ...] = (
     adjacent_cosine,
     attention_mass,
+    banded_attention,
     causal_attention,
     dense_attention,
     merge_runs,

@@ -1,8 +1,9 @@
 """Window scores, the attention a few queries give each entry: q [Hq, W, D], k [H, T, D], bias [H, T] -> [H, T] float32.
 
 For each query the softmax over the entries it sees (0 <= pos <= its position), summed over the W queries and averaged
-over the G heads of a group. On a card: log-sum-exps over slices of the entries, then one program for every block of
-entries walks all G * W queries and stores once: entries are read twice, nothing of size W x T is written.
+over the G heads of a group; `softcap` bounds the logits before the bias, `sink_logit` [Hq] is one more logit in the
+softmax, which no entry receives. On a card: log-sum-exps over slices of the entries, then one program for every block
+of entries walks all G * W queries and stores once: entries are read twice, nothing of size W x T is written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .banded import capped
 from .op import Op, random
 
 try:
@@ -34,16 +36,23 @@ def window_scores_ref(
     pos: Tensor,  # [H, T] int32, -1 for padding, which scores 0
     bias: Tensor | None,  # [H, T] float32, added to the logits
     scale: float,
+    softcap: float | None = None,
+    sink_logit: Tensor | None = None,  # [Hq] float32
 ) -> Tensor:  # [H, T] float32
     """The definition. A query that sees nothing adds nothing."""
     score = torch.zeros(pos.shape, device=k.device)
     for h, rows in enumerate(q.chunk(len(k))):  # [G, W, D]
         for part, at in zip(torch.split(rows, BLOCK, 1), torch.split(q_pos, BLOCK), strict=True):
-            logit = part.float() @ k[h].float().T * scale  # [G, B, T]
+            logit = capped(part.float() @ k[h].float().T * scale, softcap)  # [G, B, T]
             seen = (pos[h] >= 0) & (pos[h] <= at[:, None])  # [B, T]
             logit = (logit if bias is None else logit + bias[h]).masked_fill(~seen, -math.inf)
-            score[h] += logit.softmax(-1).masked_fill(~seen, 0.0).sum((0, 1)) / len(rows)
+            lse = _with_sink(logit.logsumexp(-1), None if sink_logit is None else sink_logit.chunk(len(k))[h][:, None])
+            score[h] += (logit - lse[..., None]).exp().masked_fill(~seen, 0.0).sum((0, 1)) / len(rows)
     return score
+
+
+def _with_sink(lse: Tensor, sink_logit: Tensor | None) -> Tensor:
+    return lse if sink_logit is None else torch.logaddexp(lse, sink_logit.float())
 
 
 def _triton_jit(kernel: Callable[..., Any]) -> Any:
@@ -53,7 +62,7 @@ def _triton_jit(kernel: Callable[..., Any]) -> Any:
 @_triton_jit
 def _slice_lse(  # type: ignore[no-untyped-def]
     q, q_pos, k, pos, bias, lse,
-    scale, G, W, T,
+    scale, softcap, G, W, T,
     q_h, q_w, q_d, k_h, k_t, k_d,
     D: tl.constexpr, SLICE: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -83,6 +92,8 @@ def _slice_lse(  # type: ignore[no-untyped-def]
         if UPCAST:
             b_k = b_k.to(tl.float32)
         b_x = tl.dot(b_q, b_k, input_precision="ieee") * scale  # [BR, BT]
+        if softcap is not None:
+            b_x = softcap * (2 * tl.sigmoid(2 * b_x / softcap) - 1)
         if bias is not None:
             b_x += tl.load(bias + i_h * T + o_t, mask=m_t, other=0.0)[None, :]
         seen = (b_pos >= 0)[None, :] & (b_pos[None, :] <= b_q_pos[:, None])
@@ -98,7 +109,7 @@ def _slice_lse(  # type: ignore[no-untyped-def]
 @_triton_jit
 def _column_sums(  # type: ignore[no-untyped-def]
     q, q_pos, k, pos, bias, lse, score,
-    scale, G, W, T,
+    scale, softcap, G, W, T,
     q_h, q_w, q_d, k_h, k_t, k_d,
     D: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +138,8 @@ def _column_sums(  # type: ignore[no-untyped-def]
         if UPCAST:
             b_q = b_q.to(tl.float32)
         b_x = tl.dot(b_k, b_q, input_precision="ieee") * scale  # [BT, BR]
+        if softcap is not None:
+            b_x = softcap * (2 * tl.sigmoid(2 * b_x / softcap) - 1)
         if bias is not None:
             b_x += tl.load(bias + i_h * T + o_t, mask=m_t, other=0.0)[:, None]
         seen = (b_pos >= 0)[:, None] & (b_pos[:, None] <= b_q_pos[None, :])
@@ -135,7 +148,14 @@ def _column_sums(  # type: ignore[no-untyped-def]
 
 
 def window_scores_fused(
-    q: Tensor, q_pos: Tensor, k: Tensor, pos: Tensor, bias: Tensor | None, scale: float
+    q: Tensor,
+    q_pos: Tensor,
+    k: Tensor,
+    pos: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sink_logit: Tensor | None = None,
 ) -> Tensor:  # [H, T] float32
     """The same in two Triton kernels."""
     (Hq, W, D), (H, T, _) = q.shape, k.shape
@@ -143,12 +163,13 @@ def window_scores_fused(
         return torch.zeros(pos.shape, device=k.device)
     rows, blocks = Hq // H * W, _blocks(D, q.element_size())
     tensors = (q, q_pos.contiguous(), k, pos.contiguous(), None if bias is None else bias.contiguous())
-    sizes = (scale, Hq // H, W, T, *q.stride(), *k.stride())
+    sizes = (scale, softcap, Hq // H, W, T, *q.stride(), *k.stride())
     lse = torch.empty(H, triton.cdiv(T, SLICE), rows, device=k.device)
     grid = triton.cdiv(rows, blocks["BR"]), lse.shape[1], H
     _slice_lse[grid](*tensors, lse, *sizes, SLICE=SLICE, **blocks)
     score = torch.empty(H, T, device=k.device)
-    _column_sums[triton.cdiv(T, blocks["BT"]), H](*tensors, lse.logsumexp(1), score, *sizes, **blocks)
+    whole = _with_sink(lse.logsumexp(1), None if sink_logit is None else sink_logit.view(H, -1).repeat_interleave(W, 1))
+    _column_sums[triton.cdiv(T, blocks["BT"]), H](*tensors, whole, score, *sizes, **blocks)
     return score
 
 
@@ -163,7 +184,14 @@ def _blocks(D: int, itemsize: int) -> dict[str, int]:
 
 
 def window_scores_cpu(
-    q: Tensor, q_pos: Tensor, k: Tensor, pos: Tensor, bias: Tensor | None, scale: float
+    q: Tensor,
+    q_pos: Tensor,
+    k: Tensor,
+    pos: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sink_logit: Tensor | None = None,
 ) -> Tensor:  # [H, T] float32
     """A head at a time: one float32 product, softmax, and the sum over queries as a second, thin product."""
     H, T, D = k.shape
@@ -173,12 +201,14 @@ def window_scores_cpu(
     for h, rows in enumerate(q.chunk(H)):
         keys = k[h].float().T
         for part, at in zip(torch.split(rows, step, 1), torch.split(q_pos, step), strict=True):
-            logit = part.float().mul(scale).reshape(-1, D) @ keys  # [G * B, T]
+            logit = capped(part.float().mul(scale).reshape(-1, D) @ keys, softcap)  # [G * B, T]
             if bias is not None:
                 logit += bias[h]
             seen = (pos[h] >= 0) & (pos[h] <= at[:, None])
             logit.view(G, -1, T).masked_fill_(~seen, torch.finfo(torch.float32).min)
             weight = (seen.any(1) / G).repeat(G)
+            if sink_logit is not None:
+                weight = weight * (logit.logsumexp(-1) - sink_logit.view(H, G)[h].repeat_interleave(len(at))).sigmoid()
             score[h] += weight @ logit.softmax(-1)
     return score
 
@@ -194,7 +224,8 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     pos = torch.where(order < lens, order * 2 + 1, -1)
     q_pos = torch.arange(2 * T - W, 2 * T)
     bias = random((H, T), torch.float32, generator) if case["bias"] else None
-    return q, q_pos, k, pos, bias, D**-0.5
+    sink_logit = random((H * G,), torch.float32, generator) if case.get("sink") else None
+    return q, q_pos, k, pos, bias, D**-0.5, case.get("softcap"), sink_logit
 
 
 window_scores = Op(
@@ -209,5 +240,6 @@ window_scores = Op(
         {"H": 2, "G": 3, "W": 63, "T": 65, "D": 80, "bias": True},
         {"H": 3, "G": 2, "W": 9, "T": 129, "D": 20, "bias": False},
         {"H": 1, "G": 4, "W": 32, "T": 1217, "D": 64, "bias": True},
+        {"H": 2, "G": 2, "W": 17, "T": 65, "D": 16, "bias": True, "softcap": 2.0, "sink": True},
     ),
 )

@@ -70,7 +70,7 @@ def layer_tensors(
 def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:
     """The same statistics; FormatError for one whose shape does not fit the cache."""
     Hq, D, per_token = meta.layout.q_heads, meta.layout.head_dim, (meta.layout.heads, meta.seq.tokens)
-    shapes: dict[str, tuple[int, ...]] = {"attn_mass": per_token, "value_norm": per_token}
+    shapes: dict[str, tuple[int, ...]] = {"attn_mass": per_token, "value_norm": per_token, "sink_logit": (Hq,)}
     for name in ("q_last", "q_probe"):
         positions: Tensor | None = getattr(stats, f"{name}_pos")
         count = 0 if positions is None else positions.numel()

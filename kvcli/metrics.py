@@ -3,34 +3,45 @@
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn.functional import scaled_dot_product_attention
 
+from .kernels.banded import banded_attention
 from .snapshot import LayerKV
 
 
 def output_error(
-    q: Tensor, q_pos: Tensor, before: LayerKV, after: LayerKV, scale: float
-) -> Tensor:  # [Hq, R, D], [R] -> [Hq, R] float32
+    q: Tensor,  # [Hq, R, D]
+    q_pos: Tensor,  # [R]
+    before: LayerKV,
+    after: LayerKV,
+    scale: float,
+    softcap: float | None = None,
+    sink_logit: Tensor | None = None,  # [Hq]
+) -> Tensor:  # [Hq, R] float32
     """|o' - o| / |o| of every query and head, each attending causally over both caches."""
-    full = attend(q, q_pos, before, scale)
-    off: Tensor = vector_norm(attend(q, q_pos, after, scale) - full, dim=-1)
+    full, other = (attend(q, q_pos, kv, scale, softcap, sink_logit) for kv in (before, after))
+    off: Tensor = vector_norm(other - full, dim=-1)
     size: Tensor = vector_norm(full, dim=-1)
     return off / size.clamp(min=1e-20)
 
 
-def attend(q: Tensor, q_pos: Tensor, kv: LayerKV, scale: float) -> Tensor:  # [Hq, R, D], [R] -> [Hq, R, Dv] float32
+def attend(
+    q: Tensor,  # [Hq, R, D]
+    q_pos: Tensor,  # [R]
+    kv: LayerKV,
+    scale: float,
+    softcap: float | None = None,
+    sink_logit: Tensor | None = None,  # [Hq]
+) -> Tensor:  # [Hq, R, Dv] float32
     """Attention outputs of queries at positions `q_pos` over one layer, head by head; zero where nothing is visible."""
-    group = q.shape[0] // len(kv.pos)
     outputs = []
-    for head, pos in enumerate(kv.pos):
-        seen = (pos >= 0) & (pos <= q_pos[:, None])  # [R, T]
-        mask = torch.zeros(seen.shape, device=q.device).masked_fill(~seen, -torch.inf)
-        if kv.bias is not None:
-            mask += kv.bias[head]
-        mine = q[head * group : (head + 1) * group].float()
-        k, v = (part[head].float().expand(group, -1, -1) for part in (kv.k, kv.v))
-        out = scaled_dot_product_attention(mine[None], k[None], v[None], attn_mask=mask[None, None], scale=scale)[0]
-        outputs.append(out.masked_fill(~seen.any(1)[:, None], 0.0))
+    for head, (rows, count) in enumerate(zip(q.float().chunk(len(kv.pos)), kv.lens.tolist(), strict=True)):
+        k, v = (part[head : head + 1, :count].float() for part in (kv.k, kv.v))
+        bias = None if kv.bias is None else kv.bias[head : head + 1, :count]
+        pos = kv.pos[head, :count]
+        out, lse = banded_attention(rows, q_pos, k, v, pos, scale, bias, None, softcap)
+        if sink_logit is not None:
+            out = out * (lse - sink_logit.chunk(len(kv.pos))[head][:, None]).sigmoid()[..., None]
+        outputs.append(out)
     return torch.cat(outputs)
 
 

@@ -17,7 +17,7 @@ class Outline:
 
     meta: Meta
     counts: Sequence[Tensor]  # L x [H] int64
-    parts: frozenset[str]  # of pos, bias, span: what is stored of an entry beside k and v
+    parts: Sequence[frozenset[str]]  # of pos, bias, span: what is stored of a layer's entries beside k and v
     specs: tuple[Spec, ...]
 
     @classmethod
@@ -29,17 +29,26 @@ class Outline:
         stats: Sequence[Stats],
         extra: Mapping[str, Tensor],
     ) -> "Outline":
-        """Lay out ids, then the layers, then the tensors of the whole file; `requires` follows from the content."""
-        specs = [Spec("ids", "I32", (meta.seq.tokens,))]
+        """Lay out ids, then the layers, then the tensors of the whole file; `requires` follows from the content.
+
+        parts: of bias and span, for all layers; positions are stored where some token has no entry of its own.
+        """
+        specs, N = [Spec("ids", "I32", (meta.seq.tokens,))], meta.seq.tokens
+        each = [parts | ({"pos"} if bool((count != N).any()) else set()) for count in counts]
         for i, count in enumerate(counts):
-            specs += layer_specs(i, count.tolist(), meta, parts, stats[i] if stats else Stats())
+            specs += layer_specs(i, count.tolist(), meta, each[i], stats[i] if stats else Stats())
         specs += [spec_of(name, tensor) for name, tensor in extra.items()]
-        return cls(replace(meta, requires=requires_of(specs, meta.encode)), counts, parts, tuple(specs))
+        return cls(replace(meta, requires=requires_of(specs, meta.encode)), counts, each, tuple(specs))
 
     @property
     def entries(self) -> int:
-        """Entries of all heads and layers."""
-        return sum(int(count.sum()) for count in self.counts)
+        """Entries of all heads in the layers a budget is about."""
+        return sum(int(self.counts[i].sum()) for i in self.meta.held)
+
+    @property
+    def total(self) -> int:
+        """The same for the full document."""
+        return len(self.meta.held) * self.meta.layout.heads * self.meta.seq.tokens
 
     @property
     def file_bytes(self) -> int:

@@ -112,14 +112,24 @@ def hollow(stats: Stats) -> Stats:
     return Stats(**{name: part.to("meta") for name, part in stats.present().items()})
 
 
+def _sliding(snapshot: Snapshot) -> dict[int, Tensor]:
+    """Entries a head of the layers that stay as they are."""
+    if not snapshot.meta.held:
+        raise InfeasibleError(
+            "there is nothing to compress: every layer of the model slides over a window shorter than the document",
+            "sliding layers are kept as they are",
+        )
+    return {i: snapshot.rows[i].lens for i in range(len(snapshot.rows)) if i not in snapshot.meta.held}
+
+
 def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Sequence[Stats], entry: Json) -> Ask:
-    meta = snapshot.meta
+    meta, sliding = snapshot.meta, _sliding(snapshot)
     N, H, L, lead = meta.seq.tokens, meta.layout.heads, len(meta.held), meta.seq.lead
 
     def size_of(B: int) -> int:
         # Heads that differ, so that the lengths of the heads are counted too; all of everything is laid out as it is.
         uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B < N else [B] * H)
-        counts = [uneven if i in meta.held else torch.full((H,), N) for i in range(meta.layout.layers)]
+        counts = [sliding.get(i, uneven) for i in range(meta.layout.layers)]
         outline = _outline(snapshot, recipe if B < N else evicting(recipe), counts, stats, entry)
         return outline.file_bytes + (8 * len(outline.specs) if B < N else 0)  # another distribution's longer offsets
 
@@ -131,7 +141,7 @@ def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Seque
             f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head",
             fix="raise the budget or protect less",
         )
-    return Ask(-1, L, L * H * B, B, N, sink, recent, lead, meta.layout.scale, entry["seed"])
+    return Ask(-1, L, L * H * B, B, N, sink, recent, lead, meta.layout.scale, entry["seed"], meta.layout.softcap)
 
 
 def _score_layer(snapshot: Snapshot, recipe: Recipe, i: int, kv: LayerKV, asks: Sequence[Ask]) -> list[Scored | None]:
@@ -181,11 +191,10 @@ def _allocate(
 def _outline(
     snapshot: Snapshot, recipe: Recipe, counts: Sequence[Tensor], stats: Sequence[Stats], entry: Json
 ) -> Outline:
-    N, heads = snapshot.meta.seq.tokens, snapshot.meta.layout.heads
-    whole = all(bool((count == N).all()) for count in counts)
-    parts = set(recipe.reduce.stage.adds(**recipe.reduce.options)) | (set() if whole else {"pos"})
-    parts |= {"bias", "span"} & set(snapshot.meta.requires)
-    entry = {**entry, "entries": sum(int(count.sum()) for count in counts), "of": N * heads * len(counts)}
+    parts = {*recipe.reduce.stage.adds(**recipe.reduce.options), *({"bias", "span"} & {*snapshot.meta.requires})}
+    held = snapshot.meta.held
+    of = snapshot.meta.seq.tokens * snapshot.meta.layout.heads * len(held)
+    entry = {**entry, "entries": sum(int(counts[i].sum()) for i in held), "of": of}
     meta = replace(snapshot.meta, history=(*snapshot.meta.history, entry), encode=recipe.encode.text)
     extra = _globals(snapshot, torch.empty(len(counts), 4))
     return Outline.of(meta, counts, frozenset(parts), stats, extra)
@@ -209,17 +218,17 @@ def _write_layer(plan: Plan, i: int, kv: LayerKV, stats: Stats, out: Writer) -> 
             raise ValueError(f"{recipe.reduce.stage.name} did not return the asked number of entries")
     rows = small.rows()
     payload = recipe.encode(small, kept, ask)
-    for name, tensor in layer_tensors(i, payload, rows, plan.outline.parts, stats if plan.keep_stats else Stats()):
+    for name, tensor in layer_tensors(i, payload, rows, plan.outline.parts[i], stats if plan.keep_stats else Stats()):
         out.put(name, tensor)
     k, v = recipe.encode.part("decode", payload, rows.lens)
-    return _measure(stats, kv, LayerKV.from_rows(replace(rows, k=k, v=v)), ask.scale)
+    return _measure(stats, kv, LayerKV.from_rows(replace(rows, k=k, v=v)), ask)
 
 
-def _measure(stats: Stats, before: LayerKV, after: LayerKV, scale: float) -> Tensor:  # -> [4]
+def _measure(stats: Stats, before: LayerKV, after: LayerKV, ask: Ask) -> Tensor:  # -> [4]
     numbers: list[float] = []
     for q, q_pos in ((stats.q_last, stats.q_last_pos), (stats.q_probe, stats.q_probe_pos)):
         if q is None or q_pos is None:
             numbers += [torch.nan, torch.nan]
         else:
-            numbers += median_p95(output_error(q, q_pos, before, after, scale))
+            numbers += median_p95(output_error(q, q_pos, before, after, ask.scale, ask.softcap, stats.sink_logit))
     return torch.tensor(numbers)

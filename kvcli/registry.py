@@ -33,6 +33,7 @@ class Ask:
     lead: int  # template tokens before the document
     scale: float  # attention scale
     seed: int = 0
+    softcap: float | None = None  # of the attention logits
 
 
 @dataclass(frozen=True)

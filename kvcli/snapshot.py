@@ -123,6 +123,7 @@ class Stats:
     q_probe_pos: Tensor | None = None  # [P] int32
     attn_mass: Tensor | None = None  # [H, N] float32, attention received, mean over the group
     value_norm: Tensor | None = None  # [H, N] float32, 1-norm of v W_O, mean over the group
+    sink_logit: Tensor | None = None  # [Hq] float32, a learned logit in each softmax that no entry receives
 
     def present(self) -> dict[str, Tensor]:
         """The fields that are there, by name, in the order they are written."""

@@ -78,23 +78,18 @@ def write_snapshot(snapshot: Snapshot, target: Source, force: bool = False) -> i
     Positions are left out where they are 0 ... N-1 in every head.
     """
     meta, lens = replace(snapshot.meta, encode="raw"), [rows.lens for rows in snapshot.rows]
-    parts = frozenset(part for rows in snapshot.rows for part in _parts(rows, meta.seq.tokens))
+    parts = frozenset(part for rows in snapshot.rows for part in ("bias", "span") if getattr(rows, part) is not None)
     outline = Outline.of(meta, lens, parts, snapshot.stats, snapshot.extra)
     with Writer(target, outline.specs, outline.meta, force) as out:
         out.put("ids", snapshot.ids)
         for i, rows in enumerate(snapshot.rows):
             shapes = encoder("raw").part("shapes", rows.lens.tolist(), meta.layout)
             payload = {name: getattr(rows, name).reshape(shape) for name, (_, shape) in shapes.items()}
-            for name, tensor in layer_tensors(i, payload, rows, parts, snapshot.stats[i]):
+            for name, tensor in layer_tensors(i, payload, rows, outline.parts[i], snapshot.stats[i]):
                 out.put(name, tensor)
         for name, tensor in snapshot.extra.items():
             out.put(name, tensor)
     return out.size
-
-
-def _parts(rows: Rows, N: int) -> frozenset[str]:
-    whole = bool((rows.lens == N).all()) and bool((rows.pos.view(-1, N) == torch.arange(N)).all())
-    return frozenset(part for part in PARTS if getattr(rows, part) is not None) - ({"pos"} if whole else set())
 
 
 class Reader:

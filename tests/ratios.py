@@ -16,7 +16,8 @@ from transformers import DynamicCache
 from kvcli.budget import Budget
 from kvcli.header import summary
 from kvcli.meta import Layout
-from kvcli.model.cache import Layer, make_cache
+from kvcli.model.attend import Law
+from kvcli.model.cache import Layer, make_cache, named
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
 from kvcli.model.resume import Prefix, Sampling, answer
@@ -95,7 +96,7 @@ def from_file(model: Model, plain: Model, folder: Path) -> list[dict[str, Any]]:
     rows = [raggedness(model, folder / "snapkv+adakv 20%", question)]
     rows += [versus("prefilling again / full snapshot file to first token", "at least 10", again, resumed, runs=3)]
     cache = DynamicCache(config=plain.net.config)
-    plain.net(input_ids=torch.tensor([ids]), past_key_values=cache, logits_to_keep=1)
+    plain.net(input_ids=torch.tensor([ids]), logits_to_keep=1, **named(plain.net, cache))
     for recipe, name in (("snapkv", "uniform"), ("snapkv+adakv", "ragged")):
         with Reader(folder / f"{recipe} 35%") as reader:
             prefix = Prefix.read(reader.snapshot(), model)
@@ -140,7 +141,7 @@ def attending(prefix: Prefix, layout: Layout, new: int) -> None:
         for count in (new, 1):
             k = rows.k.new_ones(1, layout.heads, count, layout.head_dim)
             layer.update(k, k)
-            layer.attend_lse(rows.k.new_ones(layout.q_heads, count, layout.head_dim), layout.scale)
+            layer.attend_lse(rows.k.new_ones(layout.q_heads, count, layout.head_dim), Law(layout.scale))
 
 
 def largest_allocation(work: Callable[[], object]) -> int:
@@ -165,7 +166,7 @@ def greedy_on(model: Model, cache: Any, question: list[int]) -> None:
     tokens = torch.tensor([question])
     for _ in range(32):
         tokens = (
-            model.net(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model.net(input_ids=tokens, use_cache=True, logits_to_keep=1, **named(model.net, cache))
             .logits[:, -1:]
             .argmax(-1)
         )

@@ -20,7 +20,7 @@ from kvcli.kernels.table import OPS
 from kvcli.kernels.window import window_scores
 
 CASES = [pytest.param(op, case, id=f"{op.name}-{i}") for op in OPS for i, case in enumerate(op.cases)]
-GROUPED = ("q", "lse")  # arguments by query head
+GROUPED = ("q", "lse", "sink_logit")  # arguments by query head
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +40,28 @@ def naive_adjacent_cosine(k: Tensor) -> Tensor:
     return torch.einsum("htd,htd->ht", unit[:, 1:], unit[:, :-1])
 
 
-def naive_attention_mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool) -> Tensor:
-    mass = torch.einsum("hgmd,htd->hgmt", q.unflatten(0, (len(k), -1)), k).mul(scale).flatten(0, 1) - lse[..., None]
+def cap(logit: Tensor, softcap: float | None) -> Tensor:
+    return logit if softcap is None else softcap * torch.tanh(logit / softcap)
+
+
+def naive_attention_mass(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool, softcap: float | None
+) -> Tensor:
+    logit = torch.einsum("hgmd,htd->hgmt", q.unflatten(0, (len(k), -1)), k).mul(scale).flatten(0, 1)
+    mass = cap(logit, softcap) - lse[..., None]
     mass = mass.exp().tril() if causal else mass.exp()
     return mass.sum(1).unflatten(0, (len(k), -1)).mean(1)
+
+
+def naive_banded_attention(
+    q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, bias: Tensor | None, *rest: Any
+) -> Results:
+    G, (window, softcap) = len(q) // len(k), rest
+    logit = cap(q @ k.repeat_interleave(G, 0).mT * scale, softcap)
+    logit = logit if bias is None else logit + bias.repeat_interleave(G, 0)[:, None]
+    age = q_pos[:, None] - pos
+    seen = (age >= 0) & (age < (window or 10**9))
+    return list(softmax(logit.masked_fill(~seen, -math.inf), v.repeat_interleave(G, 0)))
 
 
 def naive_causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -69,12 +87,17 @@ def naive_ragged_attention(
     return list(softmax(logit.masked_fill((head != group[:, None])[:, None], -math.inf), v))
 
 
-def naive_window_scores(q: Tensor, q_pos: Tensor, k: Tensor, pos: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    head = torch.arange(len(q)) // (len(q) // len(k))
-    logit = q @ k[head].mT * scale
+def naive_window_scores(
+    q: Tensor, q_pos: Tensor, k: Tensor, pos: Tensor, bias: Tensor | None, scale: float, *rest: Any
+) -> Tensor:
+    head, (softcap, sink) = torch.arange(len(q)) // (len(q) // len(k)), rest
+    logit = cap(q @ k[head].mT * scale, softcap)
     logit = logit if bias is None else logit + bias[head, None]
     seen = (pos[head, None] >= 0) & (pos[head, None] <= q_pos[:, None])
-    received = softmax(logit.masked_fill(~seen, -math.inf), torch.eye(k.shape[1]).double())[0].sum(1)
+    logit = logit.masked_fill(~seen, -math.inf)
+    if sink is not None:
+        logit = torch.cat([logit, sink[:, None, None].expand(-1, logit.shape[1], 1)], 2)
+    received = softmax(logit, torch.eye(logit.shape[2]).double())[0].sum(1)[:, : k.shape[1]]
     return received.unflatten(0, (len(k), -1)).mean(1)
 
 
@@ -133,7 +156,7 @@ def test_permuting_kv_heads_permutes_the_results(op: Op) -> None:
 
     moved = dict(args)
     for name, arg in args.items():
-        if isinstance(arg, Tensor) and name != "q_pos":
+        if isinstance(arg, Tensor) and name != "q_pos" and not (name == "pos" and arg.dim() == 1):
             moved[name] = permute(arg, None if name in GROUPED else lens)
     if lens:
         moved["lens"] = [lens[h] for h in order]
@@ -143,7 +166,7 @@ def test_permuting_kv_heads_permutes_the_results(op: Op) -> None:
 
 
 def test_mass_of_two_chunks_is_the_mass_of_the_whole() -> None:
-    q, k, _, scale, _ = attention_mass.inputs({"H": 2, "G": 3, "T": 129, "D": 64}, torch.bfloat16, seed=0)
+    q, k, _, scale, *_ = attention_mass.inputs({"H": 2, "G": 3, "T": 129, "D": 64}, torch.bfloat16, seed=0)
     _, lse = causal_attention(q, k, k, scale)
     whole = attention_mass(q, k, lse, scale, True)
     chunks = torch.zeros_like(whole)
@@ -156,7 +179,7 @@ def test_mass_of_two_chunks_is_the_mass_of_the_whole() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), list(zip(DTYPES, (1e-4, 1e-3, 1e-3), strict=True)), ids=str)
 def test_mass_survives_large_logits(dtype: torch.dtype, tolerance: float) -> None:
-    q, k, _, scale, _ = attention_mass.inputs({"H": 1, "G": 2, "T": 65, "D": 64}, dtype, seed=0)
+    q, k, _, scale, *_ = attention_mass.inputs({"H": 1, "G": 2, "T": 65, "D": 64}, dtype, seed=0)
     q, k = q * 16, k * 16
     _, lse = causal_attention(q.float(), k.float(), k.float(), scale)
     assert lse.max() > 400
@@ -167,7 +190,7 @@ def test_mass_survives_large_logits(dtype: torch.dtype, tolerance: float) -> Non
 @pytest.mark.parametrize("run", [attention_mass.ref, attention_mass], ids=["ref", "cpu"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_mass_ignores_queries_that_see_nothing(run: Callable[..., Tensor], causal: bool) -> None:
-    q, k, lse, scale, _ = attention_mass.inputs({"H": 2, "G": 2, "T": 9, "D": 16}, torch.float32, seed=0)
+    q, k, lse, scale, *_ = attention_mass.inputs({"H": 2, "G": 2, "T": 9, "D": 16}, torch.float32, seed=0)
     lse[:, [1, 5]] = -math.inf
     blind = lse.clone()
     blind[:, [1, 5]] = math.inf
@@ -186,7 +209,7 @@ def test_cosine_of_equal_opposite_and_zero_keys(run: Callable[..., Tensor]) -> N
 
 @pytest.mark.parametrize("run", [window_scores.ref, window_scores], ids=["ref", "cpu"])
 def test_window_scores_count_the_queries_that_see(run: Callable[..., Tensor]) -> None:
-    q, _, k, pos, bias, scale = window_scores.inputs(
+    q, _, k, pos, bias, scale, *_ = window_scores.inputs(
         {"H": 2, "G": 3, "W": 4, "T": 9, "D": 16, "bias": True}, torch.float32, seed=0
     )
     pos[0, 2:], k[0, 2:] = -1, math.nan  # padding is not read

@@ -12,7 +12,7 @@ from kvcli.budget import Budget
 from kvcli.errors import InfeasibleError, KvError
 from kvcli.meta import Layout
 from kvcli.model.attend import attend
-from kvcli.model.cache import make_cache
+from kvcli.model.cache import make_cache, named
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill, probe
 from kvcli.model.resume import Prefix, Sampling, answer, compare, logits
@@ -66,11 +66,11 @@ def test_a_compressed_snapshot_equals_masked_attention(model: Model, recipe: str
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for i, layer in enumerate(cache.layers):
         attend = layer.attend_lse
-        layer.attend_lse = lambda q, scale, i=i, attend=attend: (
-            seen.setdefault(i, (q, attend(q, scale)[0])) and attend(q, scale)
+        layer.attend_lse = lambda q, law, i=i, attend=attend: (
+            seen.setdefault(i, (q, attend(q, law)[0])) and attend(q, law)
         )
     with torch.no_grad():
-        model.net(input_ids=torch.tensor([MORE]), past_key_values=cache, use_cache=True)
+        model.net(input_ids=torch.tensor([MORE]), use_cache=True, **named(model.net, cache))
     for i, layer in enumerate(cache.layers):
         q, out = seen[i]
         rows, start = small.rows[i], 0
@@ -92,7 +92,7 @@ def test_statistics_against_the_models_own_attention(model: Model, eager: Model,
     snapshot = read(model, chunk)
     with torch.no_grad():
         cache = DynamicCache(config=eager.net.config)
-        out = eager.net.model(torch.tensor([IDS]), output_attentions=True, past_key_values=cache)
+        out = eager.net.model(torch.tensor([IDS]), output_attentions=True, **named(eager.net, cache))
     for i, (stats, rows) in enumerate(zip(snapshot.stats, snapshot.rows, strict=True)):
         weights = out.attentions[i][0].double()  # [Hq, N, N]
         mass = weights.sum(1).view(2, 2, -1).mean(1)
@@ -166,7 +166,7 @@ def test_what_cannot_be_done_is_refused(model: Model, eager: Model) -> None:
     with pytest.raises(InfeasibleError, match="batch"):
         model.net(input_ids=torch.tensor([MORE, MORE]))
     q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 2, 8)
-    for name in ("softcap", "s_aux", "sliding_window"):
+    for name in ("softcapping", "alibi", "block_table"):
         with pytest.raises(InfeasibleError, match=name):
             attend(model.net, q, k, k, None, 1.0, **{name: 5})
     layer = model.net.model.layers[1].self_attn

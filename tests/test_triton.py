@@ -97,6 +97,7 @@ def test_window_scores_compile(
 ) -> None:
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     types = {"q": f"*{dtype}", "q_pos": "*i64", "k": f"*{dtype}", "pos": "*i32", "scale": "fp32"}
+    types["softcap"] = "fp32"
     types |= dict.fromkeys(("bias", "lse", "score"), "*fp32") | dict.fromkeys(("G", "W", "T"), "i32")
     types |= dict.fromkeys(("q_h", "q_w", "k_h", "k_t"), "i64")
     blocks = {"SLICE": window.SLICE, **window._blocks(D, DTYPES[dtype].itemsize)}

@@ -156,13 +156,12 @@ ERRORS = ("q_last_median", "q_last_p95", "q_probe_median", "q_probe_p95")
 
 def _row(plan: "Plan", budget: "Budget | None") -> dict[str, Any]:
     outline = plan.outline
-    total = len(outline.counts) * len(outline.counts[0]) * plan.ask.N
     return {
         "recipe": str(plan.recipe),
         "budget": budget.text if budget else None,
         "entries": outline.entries,
-        "of": total,
-        "keep": outline.entries / total,
+        "of": outline.total,
+        "keep": outline.entries / outline.total,
         "kv_bytes": outline.kv_bytes,
         "file_bytes": outline.file_bytes,
     }

@@ -23,7 +23,7 @@ def snapkv(
         raise UsageError("snapkv: window is at least 1 and kernel odd")
     used = min(window, saved)
     q, q_pos = stats.q_last[:, -used:], stats.q_last_pos[-used:]
-    received = window_scores(q, q_pos, kv.k, kv.pos, kv.bias, ask.scale)  # [H, T]
+    received = window_scores(q, q_pos, kv.k, kv.pos, kv.bias, ask.scale, ask.softcap, stats.sink_logit)
     before = (kv.pos < q_pos[0]) & kv.real
     return Scored(smooth(received * before, kernel, pool) * before)
 

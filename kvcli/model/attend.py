@@ -1,5 +1,6 @@
 """The attention function `kvcli` for transformers: attention over what our cache layers hold. Registered on import."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ HARMLESS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Law:
+    """What makes attention weights of queries and keys, but for the window, which a cache layer knows itself."""
+
+    scale: float
+    softcap: float | None = None
+    sink_logit: Tensor | None = None  # [Hq], one more logit in each softmax that no entry receives
+
+
 def attend(
     module: nn.Module,
     query: Tensor,  # [1, Hq, M, D]
@@ -21,6 +31,9 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:  # [1, M, Hq, Dv]
     """Attend causally over the new tokens and everything the cache layer behind `key` holds.
@@ -28,14 +41,17 @@ def attend(
     Raises InfeasibleError for a batch and for arguments it does not know: leaving one out would be silently wrong.
     """
     refuse(query, attention_mask, rest)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    law = Law(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     layer = getattr(key, NAME, None)
     if layer is None:
         raise InfeasibleError(
             "the model's attention did not get its keys from a cache of kvcli",
             "the model changes keys after it caches them, or runs without a cache",
         )
-    return layer.attend(query[0], scale, module).transpose(0, 1)[None], None
+    if layer.window != sliding_window:
+        spans = [f"{size} tokens" if size else "all tokens" for size in (sliding_window, layer.window)]
+        raise InfeasibleError(f"the model's attention spans {spans[0]}, by its config it should span {spans[1]}")
+    return layer.attend(query[0], law, module).transpose(0, 1)[None], None
 
 
 def refuse(query: Tensor, mask: Tensor | None, rest: dict[str, Any]) -> None:

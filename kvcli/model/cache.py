@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +12,35 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InfeasibleError
 from ..kernels.attention import causal_attention, join, ragged_attention
+from ..kernels.banded import banded_attention
 from ..kernels.dense import dense_attention
 from ..snapshot import Rows
-from .attend import NAME
+from .attend import NAME, Law
+
+Part = tuple[Tensor, Tensor]  # [Hq, M, Dv], [Hq, M] float32
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
     """One layer: `prefix` rows that are never copied or changed, and the tokens that came after them.
 
     It reports the logical length, `start` tokens of the prefix plus its own, so that positions stay right
-    whatever the number of entries kept.
+    whatever the number of entries kept. With a `window`, a token sees itself and the `window - 1` before it, and
+    tokens that none will see again are let go when room is needed.
     """
 
     is_sliding = False
 
-    def __init__(self, prefix: Rows | None = None, start: int = 0, room: int = 64) -> None:
+    def __init__(self, prefix: Rows | None = None, start: int = 0, room: int = 64, window: int | None = None) -> None:
         super().__init__()
-        self.prefix, self.start, self.room = prefix, start, room
+        self.prefix, self.start, self.room, self.window = prefix, start, room, window
         self.lens = [] if prefix is None else prefix.lens.tolist()
-        self.length = 0  # tokens in the suffix
+        self.length = 0  # tokens after the prefix
+        self.gone = 0  # of them, no longer held
+
+    @property
+    def held(self) -> int:
+        """Tokens in the suffix; the first of them is at position `start + gone`."""
+        return self.length - self.gone
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -42,55 +54,99 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         """Append [1, H, M, D]; what is returned carries this layer to the attention function."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
-        if end > self.keys.shape[1]:
-            self.keys, self.values = (_grow(part, 2 * end) for part in (self.keys, self.values))
-        self.keys[:, self.length : end] = key_states[0]
-        self.values[:, self.length : end] = value_states[0]
-        self.length = end
+        new = key_states.shape[2]
+        if self.held + new > self.keys.shape[1]:
+            self._make_room(new)
+        here = slice(self.held, self.held + new)
+        self.keys[:, here] = key_states[0]
+        self.values[:, here] = value_states[0]
+        self.length += new
         setattr(key_states, NAME, self)
         return key_states, value_states
 
-    def attend(self, q: Tensor, scale: float, module: nn.Module) -> Tensor:  # [Hq, M, D] -> [Hq, M, Dv]
-        """Attention of the newest M tokens over prefix and suffix."""
-        return self.attend_lse(q, scale)[0]
+    def _make_room(self, new: int) -> None:
+        keep = self.held if self.window is None else min(self.held, self.window - 1)
+        old = slice(self.held - keep, self.held)
+        room = max(self.keys.shape[1], 2 * (keep + new))
+        self.keys, self.values = (_moved(part[:, old], room) for part in (self.keys, self.values))
+        self.gone = self.length - keep
 
-    def attend_lse(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:  # -> [Hq, M, Dv], [Hq, M] float32
+    def attend(self, q: Tensor, law: Law, module: nn.Module) -> Tensor:  # [Hq, M, D] -> [Hq, M, Dv]
+        """Attention of the newest M tokens over prefix and suffix."""
+        return self.attend_lse(q, law)[0]
+
+    def attend_lse(self, q: Tensor, law: Law) -> Part:
         """The same with the log-sum-exp of the logits."""
+        all_seen = self.window is None or self.get_seq_length() <= self.window
+        parts = self._all(q, law.scale) if all_seen and law.softcap is None else self._banded(q, law)
+        if law.sink_logit is not None:
+            nothing = q.new_zeros(1).expand(*q.shape[:2], self.values.shape[-1])
+            parts.append((nothing, law.sink_logit.float()[:, None].expand(q.shape[:2])))
+        return join(parts)
+
+    def _all(self, q: Tensor, scale: float) -> list[Part]:
         new = q.shape[1]
-        past = self.length - (new if new > 1 else 0)  # a single token sees itself as any other
+        past = self.held - (new if new > 1 else 0)  # a single token sees itself as any other
         parts = []
         if self.prefix is not None:
             parts.append(ragged_attention(q, self.prefix.k, self.prefix.v, self.lens, self.prefix.bias, scale))
         if past:
             parts.append(dense_attention(q, self.keys[:, :past], self.values[:, :past], None, scale))
         if new > 1:
-            k, v = (part[:, past : self.length] for part in (self.keys, self.values))
+            k, v = (part[:, past : self.held] for part in (self.keys, self.values))
             parts.append(causal_attention(q, k, v, scale))
-        return join(parts)
+        return parts
+
+    def _banded(self, q: Tensor, law: Law) -> list[Part]:
+        end, rest = self.get_seq_length(), (self.window, law.softcap)
+        q_pos, pos = torch.arange(end - q.shape[1], end), torch.arange(end - self.held, end)
+        k, v = self.keys[:, : self.held], self.values[:, : self.held]
+        parts = [banded_attention(q, q_pos, k, v, pos, law.scale, None, *rest)]
+        if self.prefix is not None:
+            heads = [_heads(part, self.lens) for part in (self.prefix.k, self.prefix.v, self.prefix.bias)]
+            groups = zip(q.chunk(len(self.lens)), torch.split(self.prefix.pos, self.lens), *heads, strict=True)
+            each = [banded_attention(rows, q_pos, k, v, at, law.scale, bias, *rest) for rows, at, k, v, bias in groups]
+            parts.append((torch.cat([out for out, _ in each]), torch.cat([lse for _, lse in each])))
+        return parts
 
     def get_seq_length(self) -> int:
         return self.start + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        physical = self.length + max(self.lens, default=0)
+        physical = self.held + max(self.lens, default=0)
         return physical + query_length, self.get_seq_length() - physical
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.length = 0
+        self.length = self.gone = 0
 
 
-def _grow(part: Tensor, room: int) -> Tensor:  # [H, T, D] -> [H, room, D]
-    grown = part.new_empty(part.shape[0], room, part.shape[2])
-    grown[:, : part.shape[1]] = part
-    return grown
+def _moved(part: Tensor, room: int) -> Tensor:  # [H, T, D] -> [H, room, D]
+    moved = part.new_empty(part.shape[0], room, part.shape[2])
+    moved[:, : part.shape[1]] = part
+    return moved
+
+
+def _heads(part: Tensor | None, lens: list[int]) -> Sequence[Tensor | None]:  # [E, ...] -> H x [1, T, ...]
+    return [None] * len(lens) if part is None else torch.split(part[None], lens, 1)
+
+
+def windows(config: Any) -> list[int | None]:
+    """How many tokens each layer's attention spans by a text config; None for all."""
+    size = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [size if kind == "sliding_attention" else None for kind in kinds]
+
+
+def named(net: Any, cache: Cache) -> dict[str, Cache]:
+    """The cache as a keyword of the model's forward and generate, which called it `past_key_values` before 5.24."""
+    return {"cache" if "cache" in signature(type(net).forward).parameters else "past_key_values": cache}
 
 
 def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cache:
-    """A fresh cache on a shared prefix of `start` tokens, for `past_key_values` of the model's forward or generate.
+    """A fresh cache on a shared prefix of `start` tokens, for the model's forward or generate.
 
     Raises InfeasibleError if the model's attention is not ours: any other would ignore the prefix.
     """
@@ -99,7 +155,8 @@ def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cach
             f"the model's attention is {net.config._attn_implementation}, which cannot read a snapshot",
             fix=f'load it with attn_implementation="{NAME}"',
         )
-    return Cache(layers=[Layer(rows, start) for rows in prefix])
+    spans = windows(net.config.get_text_config())
+    return Cache(layers=[Layer(rows, start, window=span) for rows, span in zip(prefix, spans, strict=True)])
 
 
 def place(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:

@@ -13,7 +13,7 @@ from ..layers import DTYPES
 from ..meta import Meta
 from ..metrics import kl, top1
 from ..snapshot import Rows, Snapshot
-from .cache import make_cache, place
+from .cache import make_cache, named, place
 from .load import DEFAULT, Model, Tick, find_by_weights, load
 from .text import context_length, stop_ids
 
@@ -137,7 +137,7 @@ def answer(
     out = model.net.generate(
         input_ids=torch.tensor([ids], device=model.net.device),
         attention_mask=torch.ones(1, prefix.tokens + len(ids), dtype=torch.long, device=model.net.device),
-        past_key_values=make_cache(model.net, prefix.rows, prefix.tokens),
+        **named(model.net, make_cache(model.net, prefix.rows, prefix.tokens)),
         generation_config=sampling.config(stops),
         streamer=stream,
     )
@@ -149,9 +149,9 @@ def answer(
 @torch.inference_mode()
 def logits(model: Model, prefix: Prefix, ids: Sequence[int], keep: int) -> Tensor:  # -> [keep, V]
     """Logits of the last `keep` of these ids, run behind the prefix."""
-    cache = make_cache(model.net, prefix.rows, prefix.tokens)
+    cache = named(model.net, make_cache(model.net, prefix.rows, prefix.tokens))
     tokens = torch.tensor([ids], device=model.net.device)
-    out: Tensor = model.net(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+    out: Tensor = model.net(input_ids=tokens, use_cache=True, logits_to_keep=keep, **cache).logits[0]
     return out
 
 
