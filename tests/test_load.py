@@ -101,12 +101,10 @@ def test_a_weight_is_never_made_up(tmp_path: Path, change: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "reason"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         ("qwen3_5_text", {}, "linear_attention"),
         ("llama4_text", {}, "chunked_attention"),
-        ("mistral", {}, "slides over a window"),
-        ("gemma3_text", {}, "sliding_attention"),
-        ("gpt_oss", {}, "sliding_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "tokens to come"),
+        ("gemma3n_text", {}, "share their keys"),
         ("t5", {}, "encoder-decoder"),
         ("bert", {}, "it is an encoder"),
         ("rwkv", {}, "keeps a state"),
@@ -119,7 +117,7 @@ def test_unsupported_models_are_refused_by_name(tmp_path: Path, kind: str, field
         load.load(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3", "gpt_neox", "gpt2", "mistral", "gemma3_text"])
 def test_common_decoders_are_not_refused(kind: str) -> None:
     load._refuse(AutoConfig.for_model(kind), load.attend.NAME)
 

@@ -11,7 +11,8 @@ from ..errors import InfeasibleError
 NAME = "kvcli"
 # Arguments a model may pass along that change nothing here.
 HARMLESS = frozenset(
-    ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "return_dict", "dropout")
+    "position_ids cache_position use_cache is_causal output_attentions output_hidden_states output_router_logits "
+    "return_dict dropout".split()
 )
 
 

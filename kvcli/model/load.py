@@ -26,8 +26,7 @@ __all__ = ["DEFAULT", "Model", "Tick", "find_by_weights", "home", "load"]
 
 HUB = f"HuggingFaceTB/{DEFAULT}"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
-LAYERS = {"full_attention"}
-ROPE_OF_LENGTH = ("dynamic", "longrope")
+LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,17 +158,15 @@ def _refuse(config: Any, attention: str) -> None:
     layers = getattr(text, "layer_types", None) or ()
     strange = ", ".join(sorted(set(layers) - LAYERS))
     net = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
-    moving = ", ".join(sorted(kind for kind in kinds if kind in ROPE_OF_LENGTH))
     reasons = {
         "it is an encoder-decoder": config.is_encoder_decoder,
         # GPT-NeoX says is_decoder=False too; encoders that can be made decoders also know cross-attention.
         "it is an encoder": getattr(text, "is_decoder", True) is False and hasattr(text, "add_cross_attention"),
         f"it has layers of {strange}": strange,
         "it keeps a state in place of keys and values": not layers and getattr(net, "_is_stateful", False),
-        "its attention slides over a window": getattr(text, "sliding_window", None),
-        f"its positions ({moving} RoPE) depend on the length of the text": moving,
+        "it looks at tokens to come": getattr(text, "is_causal", True) is False
+        or getattr(text, "use_bidirectional_attention", False),
+        "its layers share their keys and values": getattr(text, "num_kv_shared_layers", 0),
         "transformers does not let its attention be replaced": attention == attend.NAME
         and not getattr(net, "_supports_attention_backend", True),
     }

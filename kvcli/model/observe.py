@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from transformers import Cache
 
-from ..errors import InfeasibleError, KvError
+from ..errors import KvError
 from ..kernels.mass import attention_mass
 from ..layers import NAMES
 from ..meta import Layout, Meta, Seq
@@ -18,7 +18,7 @@ from ..snapshot import Rows, Snapshot, Stats
 from .attend import Law
 from .cache import Layer, named, windows
 from .load import Model
-from .text import context_length
+from .text import context_length, too_long
 
 WINDOW = 64  # last queries saved
 PROBES = 64  # queries saved evenly over the document
@@ -123,8 +123,8 @@ def prefill(
     seq: the lead and tail of `text.document_ids`, and whether the chat template was used.
     Raises InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
-    if len(ids) > (most := context_length(model.config)):
-        raise InfeasibleError(f"the document has {len(ids):,} tokens, the model reads {most:,}", fix="shorten it")
+    if len(ids) > context_length(model.config):
+        raise too_long(model.config, f"the document has {len(ids):,} tokens", "shorten it")
     layers = [ObservedLayer(len(ids), window) for window in windows(model.config)]
     tokens = torch.tensor(ids, dtype=torch.int32)
     hidden = _read(model.net, layers, tokens, chunk, tick)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
-from ..errors import InfeasibleError, MismatchError, UsageError
+from ..errors import MismatchError, UsageError
 from ..layers import DTYPES
 from ..meta import Meta
 from ..metrics import kl, top1
 from ..snapshot import Rows, Snapshot
 from .cache import make_cache, named, place
 from .load import DEFAULT, Model, Tick, find_by_weights, load
-from .text import context_length, stop_ids
+from .text import context_length, stop_ids, too_long
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,8 @@ def answer(
         raise UsageError("nothing is asked", "the prompt is empty and the chat template adds nothing behind it")
     room = context_length(model.config) - prefix.tokens - len(ids)
     if room < sampling.n:
-        raise InfeasibleError(
-            f"no room for {sampling.n} more tokens: {prefix.tokens:,} are read, {len(ids)} asked",
-            f"the model attends to {context_length(model.config):,}",
-            "ask for fewer with -n, or ask less",
-        )
+        what = f"no room for {sampling.n} more tokens: {prefix.tokens:,} are read, {len(ids)} asked"
+        raise too_long(model.config, what, "ask for fewer with -n, or ask less")
     begin = time.perf_counter()
     stops = stop_ids(model.net, model.tokenizer, prefix.tail)
     stream = _Stream(model.tokenizer, on_text)

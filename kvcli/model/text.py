@@ -48,11 +48,33 @@ def question_ids(tokenizer: Any, prompt: str, prefix: str, tail: str) -> list[in
 
 
 def context_length(config: Any) -> int:
-    """Tokens the model can attend to, by its config: tokenizers often do not know."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Tokens the model can attend to, by its config: tokenizers often do not know.
+
+    Where the RoPE changes its frequencies with the length of the text, this is the length at which it does: keys that
+    were cached before the switch do not fit queries that come after it.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
     if not length:
         raise InfeasibleError("the model's config names no context length", "max_position_embeddings is missing")
-    return int(length)
+    return min([int(length), *rope_switch(text).values()])
+
+
+def rope_switch(text: Any) -> dict[str, int]:
+    """By kind of RoPE in a text config, the tokens read before its frequencies change; empty where they never do."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    tables = {str(part.get("rope_type")): part for part in (rope, *rope.values()) if isinstance(part, dict)}
+    reach = {"longrope": "original_max_position_embeddings", "dynamic": "max_position_embeddings"}
+    found = {kind: tables[kind].get(name) or getattr(text, name, 0) for kind, name in reach.items() if kind in tables}
+    return {kind: int(tokens) for kind, tokens in found.items() if tokens}
+
+
+def too_long(config: Any, what: str, fix: str) -> InfeasibleError:
+    """The error for more tokens than `context_length`; `what` says how many there are."""
+    limit = context_length(config)
+    kind = next((kind for kind, tokens in rope_switch(config.get_text_config()).items() if tokens == limit), None)
+    why = f"beyond, its positions ({kind} RoPE) would change for all tokens" if kind else ""
+    return InfeasibleError(f"{what}, the model reads {limit:,}", why, fix)
 
 
 def stop_ids(net: Any, tokenizer: Any, tail: str) -> list[int]:
