@@ -12,6 +12,8 @@ from .errors import InfeasibleError, UsageError
 
 _SUFFIX = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+_LONGEST = 40  # characters: Python refuses to read numbers of thousands of digits
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -26,6 +28,8 @@ class Budget:
     def parse(cls, text: str) -> "Budget":
         """`0.35` or `35%` of the entries, `512` entries a head, `64MiB` for the whole file; UsageError otherwise."""
         word = text.strip()
+        if len(word) > _LONGEST:
+            raise UsageError(f"--budget {word[:30]!r}... is not a budget", f"it has {len(word)} characters")
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", word):
             return cls(word, share=_share(word, Fraction(match[1]) / 100))
         if re.fullmatch(r"\d*\.\d+", word):

@@ -47,9 +47,12 @@ def make_plans(
 ) -> list[Plan]:
     """The first pass: read and score every layer once and decide what each budget keeps; one plan a budget.
 
-    A recipe without a score keeps everything and takes the budget None. `parent` is the input's digest.
-    Raises InfeasibleError for a missing statistic or a budget that cannot be met.
+    `budgets` are those of `recipe.budgets`: None where no budget says what stays. `parent` is the input's digest.
+    Raises InfeasibleError for a missing statistic, a budget that cannot be met or nothing to compress, KvError for
+    layers that are not finite.
     """
+    if recipe.score and not snapshot.meta.held:
+        raise InfeasibleError("there is nothing to compress", "every layer is a sliding window, which stays as it is")
     stats = [hollow(snapshot.stats[i]) for i in range(len(snapshot.rows))] if keep_stats else []
     entries = [
         {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}
@@ -60,6 +63,7 @@ def make_plans(
     scored: list[list[Scored | None]] = [[] for _ in asks]
     for i in range(len(snapshot.rows)):
         kv = snapshot.layer(i)
+        _check_finite(kv, i)
         lens.append(kv.lens)
         for mine, part in zip(scored, _score_layer(snapshot, recipe, i, kv, asks), strict=True):
             mine.append(part)
@@ -141,32 +145,45 @@ def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Seque
             f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head",
             fix="raise the budget or protect less",
         )
-    return Ask(-1, L, L * H * B, B, N, sink, recent, lead, meta.layout.scale, entry["seed"], meta.layout.softcap)
+    layout = meta.layout
+    ask = Ask(-1, L, L * H * B, B, N, sink, recent, lead, layout.scale, entry["seed"], layout.softcap, meta.rope)
+    for step in recipe.steps:
+        if "check" in step.stage.parts:
+            step.part("check", ask)
+    return ask
 
 
 def _score_layer(snapshot: Snapshot, recipe: Recipe, i: int, kv: LayerKV, asks: Sequence[Ask]) -> list[Scored | None]:
     if recipe.score is None or i not in snapshot.meta.held:
         return [None] * len(asks)
     stats = snapshot.stats[i]
-    _check_stats(recipe, stats, i)
+    _check_stats(recipe, stats, i, bool(snapshot.meta.history))
     raw: Scored | None = None
     result: list[Scored | None] = []
     for ask in asks:
         if raw is None or recipe.score.stage.by_budget:
             raw = recipe.score(kv, stats, replace(ask, layer=i))
         if bool(raw.score[kv.real].isnan().any()):
-            raise KvError(f"layer {i}: the score of {recipe} is not a number", "the snapshot holds NaN or infinity")
+            raise KvError(f"layer {i}: the score of {recipe} is not a number", "its numbers are too large")
         result.append(protect(raw, kv, ask))
     return result
 
 
-def _check_stats(recipe: Recipe, stats: Stats, layer: int) -> None:
+def _check_finite(kv: LayerKV, layer: int) -> None:
+    for name in ("k", "v", "bias"):
+        part = getattr(kv, name)
+        if part is not None and not bool(torch.stack(part.aminmax()).isfinite().all()):
+            raise KvError(f"layer {layer}: the tensor {name} holds NaN or infinity", fix="prefill again")
+
+
+def _check_stats(recipe: Recipe, stats: Stats, layer: int, compressed: bool) -> None:
     missing = [need for need in recipe.needs if need not in stats.present()]
     if missing:
+        again = "; compress the full snapshot, or make this one again with kvcli compress --keep-stats"
         raise InfeasibleError(
             f"{recipe} needs {', '.join(missing)}, which layer {layer} of this snapshot does not have",
-            "compressed files drop their statistics unless made with kvcli compress --keep-stats",
-            "compress the full snapshot, or make this one again with --keep-stats",
+            "compressed files drop their statistics unless made with --keep-stats" if compressed else "",
+            f"kvcli prefill DOC records {', '.join(missing)}" + (again if compressed else ""),
         )
     for need in recipe.needs:
         if not bool(getattr(stats, need).isfinite().all()):
@@ -176,16 +193,19 @@ def _check_stats(recipe: Recipe, stats: Stats, layer: int) -> None:
 def _allocate(
     recipe: Recipe, scored: Sequence[Scored | None], lens: list[Tensor], ask: Ask
 ) -> tuple[list[Tensor], Recipe]:
-    held = [i for i, part in enumerate(scored) if part is not None]
-    if ask.n >= sum(int(lens[i].sum()) for i in held):
+    parts = {i: part for i, part in enumerate(scored) if part is not None}
+    if recipe.score and recipe.score.sizes_itself:
+        shared = [part.count for part in parts.values() if part.count is not None]
+    elif ask.n < sum(int(lens[i].sum()) for i in parts):
+        shared = recipe.allocate(list(parts.values()), ask.n, ask)
+        if sum(int(count.sum()) for count in shared) != ask.n:
+            raise ValueError(f"{recipe.allocate.stage.name} did not share out exactly {ask.n} entries")
+    else:
         return lens, evicting(recipe)
     counts = list(lens)
-    shared = recipe.allocate([scored[i] for i in held], ask.n, ask)
-    if sum(int(count.sum()) for count in shared) != ask.n:
-        raise ValueError(f"{recipe.allocate.stage.name} did not share out exactly {ask.n} entries")
-    for i, count in zip(held, shared, strict=True):
+    for i, count in zip(parts, shared, strict=True):
         counts[i] = count
-    return counts, recipe
+    return counts, evicting(recipe) if all(map(torch.equal, counts, lens)) else recipe
 
 
 def _outline(

@@ -1,15 +1,23 @@
 """Text <-> recipe: which score, allocation, reduction and encoding, each with its options."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
+from .budget import Budget
 from .errors import UsageError
-from .registry import KINDS, Kind, Option, Stage, named
+from .options import AtLeast0, Option
+from .registry import KINDS, Kind, Stage, named
 
-GENERIC = ("sink", "recent")
+# Options of every recipe: the pipeline keeps the first and the newest tokens.
+GENERIC = {"sink": Option.of(None, AtLeast0), "recent": Option.of(None, AtLeast0)}
 DEFAULTS: dict[Kind, str] = {"allocate": "uniform", "reduce": "evict", "encode": "raw"}
+
+
+def written(key: str, value: Any) -> str:
+    """An option as a recipe has it."""
+    return f"{key}={str(value).lower()}"
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,16 @@ class Step:
     @property
     def text(self) -> str:
         """As it is written in a recipe."""
-        changed = [f"{key}={str(value).lower()}" for key, value in self.options.items()]
-        return ":".join(filter(None, (self.stage.name, ",".join(changed))))
+        return ":".join(filter(None, (self.stage.name, ",".join(map(written, self.options, self.options.values())))))
 
     def part(self, name: str, *args: Any) -> Any:
         """Call a function that the stage carries beside its own, such as `shapes`."""
         return self.stage.parts[name](*args, **self.options)
+
+    @property
+    def sizes_itself(self) -> bool:
+        """Whether this is a score that says how many entries stay, so that no budget does."""
+        return self.stage.sizes(**self.options)
 
 
 @dataclass(frozen=True)
@@ -49,10 +61,31 @@ class Recipe:
         return self.text
 
     @property
+    def steps(self) -> list[Step]:
+        """In the order of the pipeline."""
+        return [step for step in (self.score, self.allocate, self.reduce, self.encode) if step]
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Statistics some step reads."""
-        steps = [step for step in (self.score, self.allocate, self.reduce, self.encode) if step]
-        return tuple(dict.fromkeys(need for step in steps for need in step.stage.needs))
+        return tuple(dict.fromkeys(need for step in self.steps for need in step.stage.needs))
+
+    def budgets(self, texts: Sequence[str]) -> list[Budget | None]:
+        """What these budgets mean to the recipe: one plan each, or a single None where it takes none.
+
+        Raises UsageError for text that is no budget, one too many, or one that is missing.
+        """
+        budgets = [Budget.parse(text) for text in texts]
+        if self.score is None or self.score.sizes_itself:
+            if budgets:
+                why = "it keeps every entry" if self.score is None else "its options say how much stays"
+                raise UsageError(f"{self} takes no --budget", why, "leave --budget out")
+            return [None]
+        if not budgets:
+            raise UsageError(f"{self} needs a --budget", fix="35%, 0.35, 512 (entries a head) or 64MiB")
+        if len({budget.text for budget in budgets}) < len(budgets):
+            raise UsageError("the same budget is given twice")
+        return list(budgets)
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -64,7 +97,7 @@ class Recipe:
         filled: dict[Kind, Step] = {}
         forced: dict[Kind, Step] = {}
         generic: dict[str, int] = {}
-        words = text.replace(" ", "").split("+")
+        words = "".join(text.split()).split("+")
         for word in words:
             kind, steps, common = _part(word)
             generic.update(common)
@@ -81,6 +114,11 @@ def _assemble(text: str, steps: dict[Kind, Step], generic: dict[str, int]) -> Re
         name = steps[lost[0]].stage.name
         raise UsageError(
             f"recipe {text!r} names no score", f"{name} needs one to work on", f"put one before it: snapkv+{name}"
+        )
+    if score and score.sizes_itself and "allocate" in steps:
+        raise UsageError(
+            f"recipe {text!r}: {score.text} fixes its own sizes",
+            f"allocate {steps['allocate'].stage.name} would have nothing to share",
         )
     for step in steps.values():
         if step.stage.after and score and score.stage.name != step.stage.after:
@@ -114,7 +152,7 @@ def _part(word: str) -> tuple[Kind | None, dict[Kind, Step], dict[str, int]]:
             raise UsageError(f"--method {word!r}: {name} has no {kind}", f"it has {', '.join(stages)}")
         stages = {kind: stages[kind]}
     given = _pairs(word, tail)
-    generic = {key: _number(word, key, given.pop(key)) for key in GENERIC if key in given}
+    generic = {key: _value(word, key, given.pop(key), GENERIC[key]) for key in GENERIC if key in given}
     _check_names(word, name, stages, given)
     return kind, {kind: Step(stage, _resolve(word, stage, given)) for kind, stage in stages.items()}, generic
 
@@ -145,23 +183,7 @@ def _resolve(word: str, stage: Stage, given: Mapping[str, str]) -> dict[str, Any
 
 
 def _value(word: str, key: str, text: str, option: Option) -> Any:
-    if option.choices:
-        if text not in option.choices:
-            raise UsageError(f"--method {word!r}: {key}={text!r}", f"{key} is one of {', '.join(option.choices)}")
-        return text
-    if isinstance(option.default, bool):
-        if text not in ("true", "false"):
-            raise UsageError(f"--method {word!r}: {key}={text!r}", f"{key} is true or false")
-        return text == "true"
     try:
-        return type(option.default)(text)
+        return option.read(text)
     except ValueError as cause:
-        what = "a whole number" if isinstance(option.default, int) else "a number"
-        raise UsageError(f"--method {word!r}: {key}={text!r}", f"{key} is {what}") from cause
-
-
-def _number(word: str, key: str, text: str) -> int:
-    value: int = _value(word, key, text, Option(0))
-    if value < 0:
-        raise UsageError(f"--method {word!r}: {key}={text!r}", f"{key} is a number of tokens, 0 or more")
-    return value
+        raise UsageError(f"--method {word!r}: {key}={text!r:.80}", f"{key} is {option.words}") from cause

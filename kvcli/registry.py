@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .options import Option, options_of
 
 Kind = Literal["score", "allocate", "reduce", "encode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -34,6 +36,7 @@ class Ask:
     scale: float  # attention scale
     seed: int = 0
     softcap: float | None = None  # of the attention logits
+    rope: Mapping[str, Any] = field(default_factory=dict)  # as in Meta
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,18 @@ class Scored:
     score: Tensor  # [H, T] float32
     weight: Tensor | None = None  # for the allocator and the reducer of the same method
     count: Tensor | None = None  # [H] where a score fixes its own sizes
+    least: Tensor | None = None  # [H] fewest entries a head can hold, where that is more than its +inf
 
+    @property
+    def low(self) -> Tensor:  # [H] int64
+        """The fewest entries each head may be given."""
+        must = self.score.isposinf().sum(1).clamp(min=1)
+        return must if self.least is None else torch.maximum(must, self.least)
 
-@dataclass(frozen=True)
-class Option:
-    """One option of a stage: its default gives the type, `choices` the only words allowed."""
-
-    default: Any
-    choices: tuple[str, ...] = ()
+    @property
+    def high(self) -> Tensor:  # [H] int64
+        """The entries each head has."""
+        return (self.score > -torch.inf).sum(1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Stage:
     paper: str = ""
     after: str = ""  # the score whose meaning it relies on
     by_budget: bool = False  # the result depends on the budget
+    sizes: Callable[..., bool] = lambda **_: False  # (**options) -> whether a score fixes its own sizes
     adds: Callable[..., tuple[str, ...]] = lambda **_: ()  # (**options) -> parts of an entry a reducer adds: bias, span
     options: Mapping[str, Option] = field(default_factory=dict)
     parts: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -75,6 +83,11 @@ class Stage:
     def help(self) -> str:
         """The first line of the docstring."""
         return (inspect.getdoc(self.fn) or "").split("\n")[0]
+
+    def check(self, fn: Callable[..., None]) -> Callable[..., None]:
+        """Register what must hold before a layer is read: (ask, **options) raises InfeasibleError."""
+        self.parts["check"] = fn
+        return fn
 
     def decoder(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Register the inverse of an encoder: ({name: tensor}, lens [H], **options) -> k [E, D], v [E, Dv]."""
@@ -92,7 +105,7 @@ _table: dict[tuple[Kind, str], Stage] = {}
 
 def _register(kind: Kind, name: str, **facts: Any) -> Callable[[Callable[..., Any]], Stage]:
     def decorate(fn: Callable[..., Any]) -> Stage:
-        stage = Stage(kind, name or fn.__module__.rsplit(".", 1)[-1], fn, options=_options(fn), **facts)
+        stage = Stage(kind, name or fn.__module__.rsplit(".", 1)[-1], fn, options=options_of(fn), **facts)
         if (kind, stage.name) in _table:
             raise ValueError(f"{kind} {stage.name} is registered twice")
         if not stage.help:
@@ -103,21 +116,19 @@ def _register(kind: Kind, name: str, **facts: Any) -> Callable[[Callable[..., An
     return decorate
 
 
-def _options(fn: Callable[..., Any]) -> dict[str, Option]:
-    options = {}
-    for param in inspect.signature(fn, eval_str=True).parameters.values():
-        if param.kind is param.KEYWORD_ONLY:
-            words = get_args(param.annotation) if get_origin(param.annotation) is Literal else ()
-            options[param.name] = Option(param.default, words)
-    return options
-
-
 Decorator = Callable[[Callable[..., Any]], Stage]
 
 
-def score(*, name: str = "", needs: tuple[str, ...] = (), paper: str = "", by_budget: bool = False) -> Decorator:
+def score(
+    *,
+    name: str = "",
+    needs: tuple[str, ...] = (),
+    paper: str = "",
+    by_budget: bool = False,
+    sizes: Callable[..., bool] = lambda **_: False,
+) -> Decorator:
     """(kv, stats, ask, **options) -> Scored."""
-    return _register("score", name, needs=needs, paper=paper, by_budget=by_budget)
+    return _register("score", name, needs=needs, paper=paper, by_budget=by_budget, sizes=sizes)
 
 
 def allocate(*, name: str = "", paper: str = "", after: str = "") -> Decorator:

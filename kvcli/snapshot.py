@@ -129,6 +129,12 @@ class Stats:
         """The fields that are there, by name, in the order they are written."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
+    def mass_of(self, kv: LayerKV) -> Tensor:  # [H, T] float32
+        """The attention each entry has received, a merged one its pivot; padding gives numbers without meaning."""
+        if self.attn_mass is None:
+            raise ValueError("attn_mass is missing: name it in needs=")
+        return self.attn_mass.gather(1, kv.pos.clamp(min=0).long())
+
 
 @dataclass(frozen=True)
 class Snapshot:

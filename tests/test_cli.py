@@ -127,7 +127,7 @@ REFUSED = [
     ("compress a.kv.safetensors -m snapkv -b 20% -b 20% -o x-{budget}", 2, "twice"),
     ("compress a.kv.safetensors -m random -b 20% -o none/x", 3, "none"),
     ("compress a.kv.safetensors -m random -b 20% --seed 99999999999 -o x", 2, "seed"),
-    ("compress a.kv.safetensors -m snapkv:kernel=99999999999999999999999 -b 20% -o x", 1, "failed"),
+    ("compress a.kv.safetensors -m snapkv:kernel=99999999999999999999999 -b 20% -o x", 2, "odd whole number"),
     ("inspect flipped-header", 4, "header"),
     ("resume flipped-stat -p x", 4, "stat."),
     ("resume b -p x --model other", 5, "weights differ"),
@@ -139,6 +139,12 @@ REFUSED = [
     ("verify flip", 4, ""),
     ("resume b -p x --frobnicate", 2, "frobnicate"),
     ("frobnicate", 2, "frobnicate"),
+    *((f"compress none -m snapkv -b {text} -o x", 2, text) for text in ("0", "101%", "-5", "nan", "text")),
+    *((f"compress none -m snapkv:{text} -b 20% -o x", 2, "window is") for text in ("window=0", "window=x", "window")),
+    ("compress none -m snapkv:windw=3 -b 20% -o x", 2, "did you mean window"),
+    ("compress none -m adakv:floor=nan+snapkv -b 20% -o x", 2, "0 to 1"),
+    ("compress none -m snapkv:sink=99999999999999 -b 20% -o x", 2, "sink is"),
+    ("compress b -m h2o -b 20% -o x", 6, "--keep-stats"),
 ]
 
 

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from kvcli.errors import UsageError
 from kvcli.methods.adakv import share_layer
 from kvcli.methods.snapkv import smooth, snapkv
 from kvcli.methods.streamingllm import streamingllm
 from kvcli.pipeline import protect
-from kvcli.registry import Ask, named
+from kvcli.registry import Ask, Scored, named
 from kvcli.snapshot import LayerKV, Stats, mask_index, top_mask
 
 U = torch.tensor([[0.05, 0.30, 0.02, 0.01, 0.01, 0.20, 0.02, 0.04, 0.03]])
@@ -45,27 +44,25 @@ def test_snapkv_window_scores_zero_and_is_kept_by_recent() -> None:
     )
     torch.testing.assert_close(scored.score[0, :16], rows.sum(1) / 2)
     assert bool(protect(scored, kv, ask).score[0, 16:].isposinf().all())
-    with pytest.raises(UsageError):
-        snapkv(kv, stats, ask, kernel=2)
 
 
 @pytest.mark.parametrize(("floor", "expected"), [(0.0, [5, 1]), (0.2, [5, 1]), (0.5, [4, 2]), (1.0, [3, 3])])
 def test_adakv_counts(floor: float, expected: list[int]) -> None:
     score = torch.tensor([[0.4, 0.3, 0.2, 0.05, 0.05], [0.9, 0.04, 0.03, 0.02, 0.01]])
-    assert share_layer(score, 6, floor).tolist() == expected
+    assert share_layer(Scored(score), 6, floor).tolist() == expected
 
 
 def test_adakv_keeps_the_most_mass_and_identical_heads_get_even_shares() -> None:
     score = torch.tensor([[0.4, 0.3, 0.2, 0.05, 0.05], [0.9, 0.04, 0.03, 0.02, 0.01]])
     for floor, mass in ((1.0, 1.87), (0.0, 1.90)):
-        count = share_layer(score, 6, floor)
+        count = share_layer(Scored(score), 6, floor)
         assert float((score * top_mask(score, count)).sum()) == pytest.approx(mass)
-    assert share_layer(score[:1].expand(3, 5), 9, 0.0).tolist() == [3, 3, 3]
+    assert share_layer(Scored(score[:1].expand(3, 5)), 9, 0.0).tolist() == [3, 3, 3]
 
 
 def test_adakv_protected_entries_are_beside_the_shares() -> None:
     score = torch.tensor([[math.inf, 0.4, 0.3, 0.2, 0.05, 0.05], [math.inf, 0.9, 0.04, 0.03, 0.02, 0.01]])
-    assert share_layer(score, 8, 0.0).tolist() == [6, 2]
+    assert share_layer(Scored(score), 8, 0.0).tolist() == [6, 2]
 
 
 def test_streamingllm_keeps_sinks_and_newest() -> None:

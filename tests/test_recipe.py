@@ -47,7 +47,7 @@ def test_options_are_typed_by_their_defaults() -> None:
         ("snapkv:windw=3", "window"),
         ("snapkv:window=x", "whole number"),
         ("adakv:floor=x+snapkv", "a number"),
-        ("snapkv:pool=sum", "max, avg"),
+        ("snapkv:pool=sum", "max or avg"),
         ("snapkv:window=1,window=2", "twice"),
         ("adakv", "no score"),
         ("reduce=kvmerger", "no score"),

@@ -11,7 +11,7 @@ FILES = sorted([*(ROOT / "kvcli").glob("*.py"), *(ROOT / "kvcli").glob("[!k]*/*.
 LEVELS = [
     {"errors", "kernels"},
     {"meta"},
-    {"header", "snapshot"},
+    {"header", "snapshot", "options"},
     {"budget", "registry", "spool"},
     {"methods", "recipe"},
     {"layers"},

@@ -70,27 +70,16 @@ def command(file: str | None, method: str, budget: tuple[str, ...], **options: A
     ui = current()
     with ui.phases() as phase:
         phase("loading torch")
-        from ..budget import Budget
         from ..recipe import Recipe
 
     recipe = Recipe.parse(method)
-    budgets = _budgets(recipe, [Budget.parse(text) for text in budget])
+    budgets = recipe.budgets(budget)
     origin = streams.source(file, ui, full=True)
     targets = [] if options["dry_run"] else _targets(origin, recipe, budgets, options)
     rows = _compress(ui, origin, recipe, budgets, targets, **options)
     for row in rows:
         _show(ui, row)
     ui.result("kvcli.compress/1", {"rows": rows}, to_stderr=any(not isinstance(target, Path) for target in targets))
-
-
-def _budgets(recipe: "Recipe", budgets: "list[Budget]") -> "list[Budget | None]":
-    if recipe.score is None:
-        if budgets:
-            raise UsageError(f"{recipe} keeps every entry and takes no --budget")
-        return [None]
-    if not budgets:
-        raise UsageError(f"{recipe} needs a --budget", fix="35%, 0.35, 512 (entries a head) or 64MiB")
-    return list(budgets)
 
 
 def _targets(
@@ -103,12 +92,11 @@ def _targets(
         raise UsageError(
             "several budgets cannot go down one pipe", fix="name the files with -o 'x-{budget}.kv.safetensors'"
         )
-    if len({budget.text for budget in budgets if budget}) < len(budgets) > 1:
-        raise UsageError("the same budget is given twice")
     targets = []
     for budget in budgets:
-        text = streams.safe(budget.text) if budget else "all"
-        derived = f"{streams.stem(origin)}.{streams.safe(str(recipe))}-{text}{streams.SUFFIX}"
+        text = streams.safe(budget.text if budget else str(recipe))
+        made_by = f"{streams.safe(str(recipe))}-{text}" if budget else text
+        derived = f"{streams.stem(origin)}.{made_by}{streams.SUFFIX}"
         targets.append(streams.target(output and output.replace("{budget}", text), derived, options["force"]))
     return targets
 
@@ -174,7 +162,8 @@ def _show(ui: Ui, row: dict[str, Any]) -> None:
         f"of {size(row['bytes_before'])} in {row['seconds']:.1f} s"
     )
     if row["entries"] == row["of"]:
-        ui.say("everything was kept: the budget is no smaller than the document")
+        why = ": the budget is no smaller than the document" if row["budget"] else ""
+        ui.say(f"everything was kept{why}")
     if error := row.get("output_error"):
         ui.say(
             f"attention output error, median and 95th percentile: {error['q_probe_median']:.3f} and "

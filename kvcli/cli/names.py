@@ -3,6 +3,10 @@
 METHODS = (
     "adakv",
     "evict",
+    "global",
+    "h2o",
+    "keydiff",
+    "knorm",
     "kvmerger",
     "random",
     "raw",

@@ -5,22 +5,20 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from ..errors import UsageError
 from ..kernels.window import window_scores
+from ..options import AtLeast1, Odd
 from ..registry import Ask, Scored, score
 from ..snapshot import LayerKV, Stats
 
 
 @score(needs=("q_last",), paper="arXiv:2404.14469")
 def snapkv(
-    kv: LayerKV, stats: Stats, ask: Ask, *, window: int = 32, kernel: int = 7, pool: Literal["max", "avg"] = "max"
+    kv: LayerKV, stats: Stats, ask: Ask, *, window: AtLeast1 = 32, kernel: Odd = 7, pool: Literal["max", "avg"] = "max"
 ) -> Scored:
     """Attention from the last `window` queries, pooled over `kernel` neighbours; the window itself scores 0."""
     if stats.q_last is None or stats.q_last_pos is None:
         raise ValueError("snapkv needs q_last")
     saved = stats.q_last.shape[1]
-    if window < 1 or kernel < 1 or kernel % 2 == 0:
-        raise UsageError("snapkv: window is at least 1 and kernel odd")
     used = min(window, saved)
     q, q_pos = stats.q_last[:, -used:], stats.q_last_pos[-used:]
     received = window_scores(q, q_pos, kv.k, kv.pos, kv.bias, ask.scale, ask.softcap, stats.sink_logit)

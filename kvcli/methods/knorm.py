@@ -1,0 +1,12 @@
+"""Key norm: entries whose keys are short are the ones that queries attend to."""
+
+import torch
+
+from ..registry import Ask, Scored, score
+from ..snapshot import LayerKV, Stats
+
+
+@score(paper="arXiv:2406.11430")
+def knorm(kv: LayerKV, stats: Stats, ask: Ask) -> Scored:
+    """The shortest keys stay, by their 2-norm."""
+    return Scored(-torch.linalg.vector_norm(kv.k, dim=-1, dtype=torch.float32))
