@@ -53,7 +53,7 @@ def merge_runs_flat(
 ) -> Merged:
     """The same on flat rows, blocks of whole runs at a time; plain torch, for every device."""
     flat_k, flat_v, flat_mass = k.flatten(0, 1), v.flatten(0, 1), mass.flatten()
-    first, size, lens = _bounds(start, real)
+    first, size, lens = bounds(start, real)
     rows_k, rows_v, pivot = flat_k.index_select(0, first), flat_v.index_select(0, first), first.clone()
     for runs in _blocks(size):
         n = size[runs]
@@ -70,8 +70,8 @@ def merge_runs_flat(
     return rows_k, rows_v, lens, pivot % start.shape[1], size
 
 
-def _bounds(start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    # flat index of the first entry [E] and length [E] of each run, runs a head [H]
+def bounds(start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # [H, T] bool, [H, T] bool
+    """The flat index of the first entry [E] and the length [E] of each run, runs a head [H]."""
     H, T = start.shape
     begin = torch.arange(H, device=start.device) * T
     stop = begin + (T if real is None else real.sum(1))

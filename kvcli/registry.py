@@ -1,6 +1,7 @@
 """The table of stages: decorators that fill it, and discovery of `methods/`; knows no single method."""
 
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,14 @@ class Ask:
     seed: int = 0
     softcap: float | None = None  # of the attention logits
     rope: Mapping[str, Any] = field(default_factory=dict)  # as in Meta
+
+    @property
+    def freq(self) -> Tensor | None:  # [R] float32
+        """How fast each pair of channels of a key turns with its position; None where the snapshot does not say."""
+        found = self.rope.get("inv_freq")
+        if not isinstance(found, list) or not all(isinstance(x, float) and math.isfinite(x) for x in found):
+            return None
+        return torch.tensor(found) if 0 < 2 * len(found) <= self.rope.get("head_dim", 0) else None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcli.methods.kvmerger import kvmerger, kvmerger_score, must_start, protected
+from kvcli.kernels.limit import must_start
+from kvcli.methods.kvmerger import kvmerger, kvmerger_score, protected
 from kvcli.metrics import attend
 from kvcli.registry import Ask, Scored
 from kvcli.snapshot import LayerKV, Stats
@@ -94,7 +95,7 @@ def test_protected_runs_fit_the_budget(share: float) -> None:
     mass = torch.rand(3, 400, generator=generator)
     B = int(share * 400)
     for sink, recent in ((0, 0), (B // 8, B // 4)):
-        kept = protected(kv, mass, ask(B, 400, sink, recent))
+        kept = protected(kv, mass, ask(B, 400, sink, recent), share, 0)
         assert bool((must_start(kept).sum(1) <= B).all())
         assert bool(kept[:, :sink].all()) and bool(kept[:, 400 - recent :].all())
 
