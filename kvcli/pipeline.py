@@ -51,8 +51,6 @@ def make_plans(
     Raises InfeasibleError for a missing statistic, a budget that cannot be met or nothing to compress, KvError for
     layers that are not finite.
     """
-    if recipe.score and not snapshot.meta.held:
-        raise InfeasibleError("there is nothing to compress", "every layer is a sliding window, which stays as it is")
     stats = [hollow(snapshot.stats[i]) for i in range(len(snapshot.rows))] if keep_stats else []
     entries = [
         {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}
@@ -63,7 +61,8 @@ def make_plans(
     scored: list[list[Scored | None]] = [[] for _ in asks]
     for i in range(len(snapshot.rows)):
         kv = snapshot.layer(i)
-        _check_finite(kv, i)
+        if kv.strange:
+            raise KvError(f"layer {i}: the tensor {kv.strange[0]} holds NaN or infinity", fix="prefill again")
         lens.append(kv.lens)
         for mine, part in zip(scored, _score_layer(snapshot, recipe, i, kv, asks), strict=True):
             mine.append(part)
@@ -167,13 +166,6 @@ def _score_layer(snapshot: Snapshot, recipe: Recipe, i: int, kv: LayerKV, asks: 
             raise KvError(f"layer {i}: the score of {recipe} is not a number", "its numbers are too large")
         result.append(protect(raw, kv, ask))
     return result
-
-
-def _check_finite(kv: LayerKV, layer: int) -> None:
-    for name in ("k", "v", "bias"):
-        part = getattr(kv, name)
-        if part is not None and not bool(torch.stack(part.aminmax()).isfinite().all()):
-            raise KvError(f"layer {layer}: the tensor {name} holds NaN or infinity", fix="prefill again")
 
 
 def _check_stats(recipe: Recipe, stats: Stats, layer: int, compressed: bool) -> None:

@@ -31,7 +31,8 @@ def make_snapshot(
     layout = Layout(layers, heads, q_heads, dim, dim, NAMES[dtype], dim**-0.5, kinds=("full",) * layers)
     seq = Seq(tokens, tokens, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), 2, "\n", True)
     model = {"id": "tests/tiny-llama", "revision": "main", "architecture": "llama", "weights": f"{seed:032x}"}
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    freq = [10000.0 ** (-2 * i / dim) for i in range(dim // 2)]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "head_dim": dim, "inv_freq": freq}
     rows = [_rows(heads, tokens, dim, dtype, ragged, bias, rng) for _ in range(layers)]
     observed = [_stats(heads, q_heads, tokens, dim, dtype, rng) if stats else Stats() for _ in range(layers)]
     extra = {"stat.final_hidden": torch.randn(q_heads * dim, generator=rng).to(dtype)}

@@ -20,6 +20,13 @@ from kvcli.storage import Reader
 SCORES = sorted({stage.name for stage in stages() if stage.kind == "score"})
 SHARES = sorted({stage.name for stage in stages() if stage.kind == "allocate"})
 RECIPES = [*SCORES, *(f"snapkv+allocate={name}" for name in SHARES), "kvmerger+adakv", "kvmerger:values=mean"]
+RECIPES += [
+    "kvmerger+global",
+    "kvmerger:keys=pivot",
+    "kvmerger:keys=rerotate",
+    "kvmerger:sigma=5,max_run=17",
+    "h2o+global",
+]
 RECIPES += [f"snapkv+encode={stage.name}" for stage in stages() if stage.kind == "encode"]
 RECIPES += [f"{stage.after or 'snapkv'}+reduce={stage.name}" for stage in stages() if stage.kind == "reduce"]
 SIZES = {"layers": 2, "heads": 3, "q_heads": 6, "tokens": 83, "dim": 16}
@@ -149,7 +156,8 @@ def padded(fill: float) -> tuple[LayerKV, Stats]:
 def stage_by_stage(name: str, kv: LayerKV, stats: Stats) -> LayerKV:
     recipe = Recipe.parse(name)
     B = int(kv.lens.min()) // 2 + 1
-    ask = Ask(0, 1, 3 * B, B, 83, 1, 2, 0, 0.25)
+    rope = {"head_dim": 16, "inv_freq": [1.0, 0.1, 0.01]}
+    ask = Ask(0, 1, 3 * B, B, 83, 1, 2, 0, 0.25, rope=rope)
     assert recipe.score
     scored = protect(recipe.score(kv, stats, ask), kv, ask)
     small, pivot = recipe.reduce(kv, stats, scored, recipe.allocate([scored], 3 * B, ask)[0], ask)

@@ -41,7 +41,6 @@ def test_layers_that_all_slide_are_nothing_to_compress() -> None:
     slid = replace(full, meta=replace(full.meta, layout=layout))
     with pytest.raises(InfeasibleError, match="nothing to compress"):
         plan(slid, "random")
-    plan(slid, "raw")
 
 
 @pytest.mark.parametrize(("recipe", "missing"), [("snapkv", "q_last"), ("kvmerger", "attn_mass"), ("h2o", "attn_mass")])

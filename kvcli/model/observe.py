@@ -18,6 +18,7 @@ from ..snapshot import Rows, Snapshot, Stats
 from .attend import Law
 from .cache import Layer, named, windows
 from .load import Model
+from .rope import frequencies
 from .text import context_length, too_long
 
 WINDOW = 64  # last queries saved
@@ -172,11 +173,14 @@ def _meta(model: Model, ids: Tensor, seq: tuple[int, str, bool], layers: Sequenc
         kinds=tuple("sliding" if each.slides else "full" for each in layers),
     )
     digest = xxhash.xxh3_128_hexdigest(ids.numpy().tobytes())
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = {"head_dim": layer.keys.shape[-1], **(getattr(config, "rope_parameters", None) or {})}
+    held = [i for i, each in enumerate(layers) if not each.slides]
+    if freq := frequencies(model.net, held, ids):
+        rope["inv_freq"] = freq
     return Meta(
         seq=Seq(len(ids), len(ids), digest, lead, tail, chat),
         model=model.identity,
         tokenizer=model.tokenizer_hash,
         layout=layout,
-        rope={**rope, "head_dim": layer.keys.shape[-1]},
+        rope=rope,
     )
