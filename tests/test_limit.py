@@ -3,6 +3,7 @@
 import math
 import time
 from itertools import pairwise
+from random import Random
 
 import pytest
 import torch
@@ -37,23 +38,25 @@ def written_out(score: list[float], starts: list[int], limit: int) -> list[int]:
     return cuts
 
 
-@settings(deadline=None, max_examples=120)
-@given(st.data())
-def test_it_is_the_rule_written_out(data: st.DataObject) -> None:
-    weak = st.one_of(st.integers(0, 5).map(float), st.just(math.inf))
-    score = [math.inf, *data.draw(st.lists(weak, max_size=30))]
-    total, limit, padding = len(score), data.draw(st.integers(1, 8)), data.draw(st.integers(0, 3))
-    forced = torch.tensor([[x == math.inf for x in score] + [True] * padding])
-    real = torch.arange(total + padding)[None] < total
-    count = data.draw(st.integers(int(fewest_runs(forced, real, limit)), total))
-    best = sorted(range(total), key=lambda i: (-score[i], i))[:count]
-    start = torch.zeros(1, total + padding, dtype=torch.bool)
-    start[0, best] = True
-    limited = limit_runs(torch.tensor([[*score, *[math.nan] * padding]]), start, real, limit)
-    begins = limited[0].nonzero().flatten().tolist()
-    assert begins == written_out(score, sorted(best), limit)
-    assert len(begins) == count and {i for i, x in enumerate(score) if x == math.inf} <= set(begins)
-    assert max(b - a for a, b in pairwise([*begins, total])) <= limit
+@pytest.mark.parametrize("seed", range(8))
+def test_it_is_the_rule_written_out(seed: int) -> None:
+    draw = Random(seed)
+    for _ in range(60):
+        total, limit = draw.randint(1, 30), draw.randint(1, 8)
+        score = [math.inf, *(draw.choice([0.0, 1.0, 2.0, draw.random(), math.inf]) for _ in range(total - 1))]
+        score = [1.0 if draw.random() < 0.5 and i and x == math.inf else x for i, x in enumerate(score)]
+        forced = torch.tensor([[x == math.inf for x in score] + [True, True]])
+        real = torch.arange(total + 2)[None] < total
+        least = int(fewest_runs(forced, real, limit))
+        count = draw.choice([least, draw.randint(least, total)])
+        best = sorted(range(total), key=lambda i, score=score: (-score[i], i))[:count]
+        start = torch.zeros(1, total + 2, dtype=torch.bool)
+        start[0, best] = True
+        limited = limit_runs(torch.tensor([[*score, math.nan, math.nan]]), start, real, limit)
+        begins = limited[0].nonzero().flatten().tolist()
+        assert begins == written_out(score, sorted(best), limit)
+        assert len(begins) == count and {i for i, x in enumerate(score) if x == math.inf} <= set(begins)
+        assert max(b - a for a, b in pairwise([*begins, total])) <= limit
 
 
 def test_runs_within_the_limit_stay_and_heads_are_apart() -> None:

@@ -12,7 +12,7 @@ from ..snapshot import LayerKV, Stats
 @score(needs=("attn_mass",), paper="arXiv:2306.14048", by_budget=True)
 def h2o(kv: LayerKV, stats: Stats, ask: Ask, *, heavy: Share = 0.5, norm: Literal["sum", "mean"] = "sum") -> Scored:
     """The newest tokens and, `heavy` of the budget, the most attended before; norm=mean: per query that saw it."""
-    recent = max(ask.recent, min(ask.B - int(heavy * ask.B), ask.B - ask.sink))
+    recent = min(ask.B - int(heavy * ask.B), ask.B - ask.sink)
     received = stats.mass_of(kv)
     if norm == "mean":
         received = received / (ask.N - kv.pos)
