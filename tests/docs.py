@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from kvcli.cli import COMMANDS
+from kvcli.recipe import written
 from kvcli.registry import stages
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ def methods_table() -> str:
     rows = ["| name | stage | what it does | options | needs | paper |", "| --- | --- | --- | --- | --- | --- |"]
     for stage in stages():
         options = ", ".join(
-            f"`{key}={option.default}`" + (f" ({', '.join(option.choices)})" if option.choices else "")
+            f"`{written(key, option.default)}`" + (f" ({option.words})" if option.choices or option.optional else "")
             for key, option in stage.options.items()
         )
         cells = (f"`{stage.name}`", stage.kind, stage.help, options, ", ".join(stage.needs), stage.paper)

@@ -145,6 +145,10 @@ REFUSED = [
     ("compress none -m adakv:floor=nan+snapkv -b 20% -o x", 2, "0 to 1"),
     ("compress none -m snapkv:sink=99999999999999 -b 20% -o x", 2, "sink is"),
     ("compress b -m h2o -b 20% -o x", 6, "--keep-stats"),
+    ("compress none -m kvmerger:epsilon=0.75 -b 20% -o x", 2, "takes no --budget"),
+    ("compress none -m kvmerger:epsilon=0.75+adakv -o x", 2, "fixes its own sizes"),
+    ("compress none -m kvmerger:sigma=0 -b 20% -o x", 2, "above 0"),
+    ("compress a.kv.safetensors -m kvmerger:max_run=2 -b 20% -o x", 6, "write max_run="),
 ]
 
 

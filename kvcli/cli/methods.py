@@ -31,6 +31,7 @@ def command(name: str | None) -> None:
             "paper": stage.paper,
             "options": {key: option.default for key, option in stage.options.items()},
             "choices": {key: option.choices for key, option in stage.options.items() if option.choices},
+            "takes": {key: option.words for key, option in stage.options.items()},
         }
         for stage in found
     ]
@@ -42,11 +43,9 @@ def command(name: str | None) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    options = [_option(key, value, row["choices"].get(key, ())) for key, value in row["options"].items()]
+    from ..recipe import written
+
+    options = [f"{written(key, value)} ({row['takes'][key]})" for key, value in row["options"].items()]
     about = {"options": ", ".join(options), "needs": ", ".join(row["needs"]), "source": row["paper"]}
     lines = [row["help"], *(f"{key}: {text}" for key, text in about.items() if text)]
     return f"{row['name']:<13} {row['stage']:<9} " + "\n".ljust(25).join(lines)
-
-
-def _option(key: str, value: Any, choices: tuple[str, ...]) -> str:
-    return f"{key}={value}" + (f" ({'|'.join(choices)})" if choices else "")

@@ -21,10 +21,10 @@ PAPER = "arXiv:2407.08454"
 def kvmerger_score(
     kv: LayerKV, stats: Stats, ask: Ask, *, epsilon: float | None = None, max_run: AtLeast0 = 64
 ) -> Scored:
-    """How unlike its left neighbour a key is; the best start the runs: as many as the budget, or all up to `epsilon`.
+    """How unlike its left neighbour a key is; the highest start runs. `epsilon` is a cosine to merge above, no budget.
 
-    Instead of a budget `epsilon` is the cosine above which neighbours are merged; the heavy and recent tokens protected
-    are then the shares of the paper at 35 %, and runs longer than `max_run` raise the count.
+    With `epsilon` the heavy and recent tokens that are protected are the paper's shares at 35 %, and runs longer than
+    `max_run` raise the count.
     """
     kept = protected(kv, stats.mass_of(kv), ask, ask.B / ask.N if epsilon is None else 0.35, max_run)
     forced, real = must_start(kept), kv.real
@@ -55,10 +55,10 @@ def kvmerger(
     keys: Literal["rotated", "pivot", "rerotate"] = "rotated",
     max_run: AtLeast0 = 64,
 ) -> tuple[LayerKV, Tensor]:
-    """Merge each run around its most attended token; `values` keeps its weight, `sigma` is the width.
+    """Merge each run, up to `max_run` long, around its most attended token; `values`, `sigma` and `keys` say how.
 
-    `keys` are averaged as they are, or rotated back to no position, or the pivot's own stays. A run has at most
-    `max_run` entries of the input, 0 for any number; see `limit_runs`.
+    `values` keep a run's weight, `sigma` is the width, `keys` are averaged as they are, or without their rotation, or
+    the pivot's own stays. `max_run` counts entries of the input, 0 sets no limit; see `limit_runs`.
     """
     forced, real, mass = scored.score.isposinf(), kv.real, stats.mass_of(kv)
     if bool((count < fewest_runs(forced, real, max_run)).any()):
