@@ -187,7 +187,7 @@ def _allocate(
 ) -> tuple[list[Tensor], Recipe]:
     parts = {i: part for i, part in enumerate(scored) if part is not None}
     if recipe.score and recipe.score.sizes_itself:
-        shared = [part.count for part in parts.values() if part.count is not None]
+        shared = [part.count.clamp(part.low, part.high) for part in parts.values() if part.count is not None]
     elif ask.n < sum(int(lens[i].sum()) for i in parts):
         shared = recipe.allocate(list(parts.values()), ask.n, ask)
         if sum(int(count.sum()) for count in shared) != ask.n:
