@@ -51,6 +51,10 @@ def make_plans(
     Raises InfeasibleError for a missing statistic, a budget that cannot be met or nothing to compress, KvError for
     layers that are not finite.
     """
+    if not all((budget is not None) == recipe.takes_budget for budget in budgets):
+        raise ValueError(
+            f"budgets are those of recipe.budgets; {recipe} takes {'one' if recipe.takes_budget else 'none'}"
+        )
     stats = [hollow(snapshot.stats[i]) for i in range(len(snapshot.rows))] if keep_stats else []
     entries = [
         {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}

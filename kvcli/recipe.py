@@ -70,13 +70,18 @@ class Recipe:
         """Statistics some step reads."""
         return tuple(dict.fromkeys(need for step in self.steps for need in step.stage.needs))
 
+    @property
+    def takes_budget(self) -> bool:
+        """Whether a budget says how much stays; else everything does, or the score's options say."""
+        return self.score is not None and not self.score.sizes_itself
+
     def budgets(self, texts: Sequence[str]) -> list[Budget | None]:
         """What these budgets mean to the recipe: one plan each, or a single None where it takes none.
 
         Raises UsageError for text that is no budget, one too many, or one that is missing.
         """
         budgets = [Budget.parse(text) for text in texts]
-        if self.score is None or self.score.sizes_itself:
+        if not self.takes_budget:
             if budgets:
                 why = "it keeps every entry" if self.score is None else "its options say how much stays"
                 raise UsageError(f"{self} takes no --budget", why, "leave --budget out")

@@ -144,6 +144,20 @@ def test_a_budget_is_given_where_it_says_something(recipe: str, budgets: list[st
     assert says in "\n".join(caught.value.lines())
 
 
+@pytest.mark.parametrize(("recipe", "budget"), [("kvmerger", None), ("raw", "35%"), ("kvmerger:epsilon=0.5", "35%")])
+def test_plans_hold_a_budget_where_it_says_something(recipe: str, budget: str | None) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        make_plans(smooth(), Recipe.parse(recipe), [budget and Budget.parse(budget)])
+
+
+def test_what_must_stay_stays_whatever_a_score_counts() -> None:
+    parsed = Recipe.parse("kvmerger:epsilon=-1.5,sink=7,recent=9")
+    assert parsed.score
+    greedy = replace(parsed.score.stage, fn=lambda kv, *_, **__: Scored(kv.pos.float(), count=torch.tensor([1, 500])))
+    plan = make_plans(smooth(), replace(parsed, score=replace(parsed.score, stage=greedy)), [None])[0]
+    assert [count.tolist() for count in plan.outline.counts] == [[16, 120]] * 2
+
+
 def test_an_allocation_beside_a_threshold_is_refused() -> None:
     with pytest.raises(UsageError, match="fixes its own sizes"):
         Recipe.parse("kvmerger:epsilon=0.75+adakv")
