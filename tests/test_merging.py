@@ -167,7 +167,7 @@ def test_an_allocation_beside_a_threshold_is_refused() -> None:
 # Widths.
 
 
-def test_a_fixed_width(tmp_path: Path) -> None:
+def test_a_fixed_width() -> None:
     kv = layer(torch.tensor([[[0.0], [3.0], [4.0]]]), torch.tensor([[[1.0], [2.0], [4.0]]]))
     cut, count = runs(3, 1, 3)
     stats = Stats(attn_mass=torch.tensor([[2.0, 1.0, 1.0]]))
@@ -175,6 +175,9 @@ def test_a_fixed_width(tmp_path: Path) -> None:
         for values, expected in (("mean", mean), ("logcount", mean), ("count", whole)):
             small, _ = kvmerger(kv, stats, Scored(cut), count, ask(1, 3), sigma=sigma, values=values)
             assert small.v.item() == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_narrow_width_keeps_the_pivots_and_a_wide_one_does_not(tmp_path: Path) -> None:
     wide, narrow, mean_ = (
         compress(smooth(), f"kvmerger:sigma={sigma}", tmp_path / "a", "30%").rows[0].k
         for sigma in ("1000000", "0.001", "mean")
