@@ -187,16 +187,16 @@ def check_snapshot(header: Header) -> Meta:
 
 
 def _check_meta(meta: Meta) -> None:
-    seq, layout = meta.seq, meta.layout
+    seq, layout, cap = meta.seq, meta.layout, 1 if meta.layout.softcap is None else meta.layout.softcap
     counts = {name: getattr(layout, name) for name in ("layers", "heads", "q_heads", "head_dim", "v_dim")}
     for name, value in {**counts, "tokens": seq.tokens, "next_pos": seq.next_pos}.items():
         _ensure(type(value) is int and 0 < value < 2**31, f"the snapshot's {name} cannot be {value!r:.40}")
     sound = {
-        "next_pos or lead": seq.next_pos >= seq.tokens and type(seq.lead) is int and seq.lead >= 0,
+        "next_pos or lead": type(seq.lead) is int and 0 <= seq.lead <= seq.tokens <= seq.next_pos,
         "q_heads": layout.q_heads % layout.heads == 0,
         "dtype": layout.dtype in ("BF16", "F16", "F32"),
-        "scale or softcap": type(layout.scale) in (int, float) and type(layout.softcap) in (int, float, type(None)),
-        "kinds": len(layout.kinds) in (0, layout.layers) and all(type(kind) is str for kind in layout.kinds),
+        "scale or softcap": all(type(n) in (int, float) and 0 < n < 2**31 for n in (layout.scale, cap)),
+        "kinds": len(layout.kinds) in (0, layout.layers) and all(kind in ("full", "sliding") for kind in layout.kinds),
         "model, rope or history": all(isinstance(part, dict) for part in (meta.model, meta.rope, *meta.history)),
     }
     for name, right in sound.items():

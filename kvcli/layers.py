@@ -6,17 +6,19 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from .errors import FormatError, UsageError
 from .header import DTYPE_BYTES, Spec, layer_name
 from .meta import Meta
 from .recipe import Recipe, Step
-from .snapshot import Rows, Stats
+from .snapshot import Rows, Stats, check_finite
 
 _ODD = {"BOOL": torch.bool, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _WORDS = {"F": "float", "I": "int", "U": "uint"}
 DTYPES = {name: _ODD.get(name) or getattr(torch, _WORDS[name[0]] + name[1:]) for name in DTYPE_BYTES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 PARTS = {"pos": "I32", "bias": "F32", "span": "I32"}  # what a file may hold of an entry beside k and v
 
 
@@ -67,8 +69,32 @@ def layer_tensors(
     return ((f"{layer_name(index)}.{name}", tensor) for name, tensor in found.items())
 
 
+def check_globals(ids: Tensor, extra: Mapping[str, Tensor], meta: Meta) -> Tensor:  # [N] -> [N]
+    """The same ids; FormatError where they are not those the metadata names, or a tensor of the file fits no cache."""
+    if int(ids.min()) < 0 or xxh3_128_hexdigest(ids.numpy().tobytes()) != meta.seq.ids_hash:
+        raise FormatError("the snapshot's tensor ids is wrong", "its hash is not the one in the metadata")
+    layers, heads = meta.layout.layers, meta.layout.heads
+    for name, width in (("stat.probe_k", meta.layout.head_dim), ("stat.probe_v", meta.layout.v_dim)):
+        shape = tuple(extra[name].shape) if name in extra else (layers, heads, 1, width)
+        if len(shape) != 4 or shape != (layers, heads, min(shape[2], len(ids)), width):
+            raise FormatError(f"the snapshot's tensor {name} is {shape}", "it does not fit the cache")
+    return ids
+
+
+def check_rows(index: int, rows: Rows, meta: Meta) -> Rows:
+    """The same rows; FormatError where positions do not rise within the text, a span is below 1, or NaN turns up."""
+    rising, name, end = rows.pos[1:] > rows.pos[:-1], layer_name(index), meta.seq.next_pos
+    rising[rows.lens.cumsum(0)[:-1] - 1] = True  # where a head begins
+    if int(rows.pos.min()) < 0 or int(rows.pos.max()) >= end or not bool(rising.all()):
+        raise FormatError(f"the snapshot's tensor {name}.pos is wrong", f"positions must rise within 0 and {end - 1}")
+    if rows.span is not None and int(rows.span.min()) < 1:
+        raise FormatError(f"the snapshot's tensor {name}.span is wrong", "an entry stands for at least one token")
+    check_finite(index, k=rows.k, v=rows.v, bias=rows.bias)
+    return rows
+
+
 def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:
-    """The same statistics; FormatError for one whose shape does not fit the cache."""
+    """The same statistics; FormatError for one whose dtype or shape does not fit the cache."""
     Hq, D, per_token = meta.layout.q_heads, meta.layout.head_dim, (meta.layout.heads, meta.seq.tokens)
     shapes: dict[str, tuple[int, ...]] = {"attn_mass": per_token, "value_norm": per_token, "sink_logit": (Hq,)}
     for name in ("q_last", "q_probe"):
@@ -76,8 +102,10 @@ def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:
         count = 0 if positions is None else positions.numel()
         shapes |= {name: (Hq, count, D), f"{name}_pos": (max(count, 1),)}
     for name, part in stats.present().items():
-        if tuple(part.shape) != shapes[name]:
-            raise FormatError(f"the snapshot's tensor {layer_name(index)}.stat.{name} is {tuple(part.shape)}")
+        fits = part.dtype == torch.int32 if name.endswith("_pos") else part.dtype in FLOATS
+        if not fits or tuple(part.shape) != shapes[name]:
+            what = f"{NAMES[part.dtype]} {tuple(part.shape)}"
+            raise FormatError(f"the snapshot's tensor {layer_name(index)}.stat.{name} is {what}")
     return stats
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .errors import FormatError
 from .meta import Meta
 
 
@@ -88,6 +89,16 @@ class LayerKV:
 def _parts(layer: Rows | LayerKV) -> list[tuple[str, Tensor]]:
     every = ((name, getattr(layer, name)) for name in ("k", "v", "pos", "bias", "span"))
     return [(name, part) for name, part in every if part is not None]
+
+
+def check_finite(layer: int, **parts: Tensor | None) -> None:
+    """Raise FormatError, which names layer and part, where a number is NaN or infinite.
+
+    The extremes show both, NaN being passed on by them, at a tenth of the price of a mask over all numbers.
+    """
+    for name, part in parts.items():
+        if part is not None and part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):
+            raise FormatError(f"layer {layer}: {name} holds NaN or infinity", fix="prefill the document again")
 
 
 def gather(kv: LayerKV, index: Tensor) -> LayerKV:  # [H, n] int64, -1 = padding

@@ -14,7 +14,7 @@ from xxhash import xxh3_128
 
 from .errors import FormatError
 from .header import Entry, Spec, encode_header, entry_shape, expect, layer_name
-from .layers import DTYPES, PARTS, check_stats, encoder, layer_tensors, spec_of, with_digest
+from .layers import DTYPES, PARTS, check_globals, check_rows, check_stats, encoder, layer_tensors, spec_of, with_digest
 from .meta import Meta
 from .outline import Outline
 from .snapshot import Rows, Snapshot, Stats
@@ -105,7 +105,8 @@ class Reader:
         self.meta = self.header.meta
         self._encoder = encoder(self.meta.encode)
         self._digests: dict[str, bytes] = {}
-        self._verified: set[str] = set()
+        self._verified: set[str] = set()  # tensors whose digest was right
+        self._sound: set[int] = set()  # layers whose rows were
         table = self.tensor("digest").numpy()
         self.digest: str = xxh3_128(table.data).hexdigest()
         self._digests = {e.name: row.tobytes() for e, row in zip(self.header.entries, table[:-1], strict=False)}
@@ -121,19 +122,22 @@ class Reader:
         layers = range(self.meta.layout.layers)
         known = {"ids", "digest"}.union(*(self._known(i) for i in layers))
         extra = {e.name: self.tensor(e.name) for e in self.header.entries if e.name not in known}
-        return Snapshot(self.meta, self.tensor("ids"), _Lazy(layers, self.rows), _Lazy(layers, self.stats), extra)
+        ids = check_globals(self.tensor("ids"), extra, self.meta)
+        return Snapshot(self.meta, ids, _Lazy(layers, self.rows), _Lazy(layers, self.stats), extra)
 
     def verify(self, tick: Tick = lambda done, total: None) -> dict[str, Any]:
         """Read what was not read yet and say what the file holds; FormatError names the first damaged tensor."""
+        self.snapshot()
+        for i in range(self.meta.layout.layers):
+            if i not in self._sound:
+                self.rows(i)
+            self.stats(i)
+            tick(sum(self.header.by_name[name].nbytes for name in self._verified), self.header.size)
         scratch = memoryview(bytearray(BLOCK))
         for entry in self.header.entries:
             if entry.name not in self._verified:
                 self._read(entry, scratch)
-            tick(entry.end, self.header.size)
-        for i in range(self.meta.layout.layers):
-            lens = self._lens(i)
-            self._payload(i, lens)
-            self._pos(i, lens)
+        tick(self.header.size, self.header.size)
         return {"tensors": len(self.header.entries), "bytes": self.header.size, "ok": True}
 
     def tensor(self, name: str) -> Tensor:
@@ -150,7 +154,12 @@ class Reader:
         k, v = self._encoder.part("decode", payload, lens)
         bias, span = self._part(index, "bias"), self._part(index, "span")
         bias, span = (part if part is None else part.flatten() for part in (bias, span))
-        return Rows(k.to(dtype), v.to(dtype), self._pos(index, lens), lens, bias, span)
+        pos = self._part(index, "pos")
+        if pos is None:
+            pos = torch.arange(self.meta.seq.tokens, dtype=torch.int32).repeat(len(lens))
+        rows = check_rows(index, Rows(k.to(dtype), v.to(dtype), pos.flatten(), lens, bias, span), self.meta)
+        self._sound.add(index)
+        return rows
 
     def stats(self, index: int) -> Stats:
         """What prefill observed in a layer, as far as the file has it."""
@@ -182,18 +191,6 @@ class Reader:
         if int(lens.min()) < 1 or int(lens.sum()) != shape[0]:
             raise FormatError(f"the snapshot's tensor {name} is wrong", f"its heads must add up to {shape[0]} entries")
         return lens
-
-    def _pos(self, index: int, lens: Tensor) -> Tensor:  # [H] -> [E] int32
-        pos = self._part(index, "pos")
-        if pos is None:
-            return torch.arange(self.meta.seq.tokens, dtype=torch.int32).repeat(len(lens))
-        pos, end = pos.flatten(), self.meta.seq.next_pos
-        rising = pos[1:] > pos[:-1]
-        rising[lens.cumsum(0)[:-1] - 1] = True  # where a head begins
-        if int(pos.min()) < 0 or int(pos.max()) >= end or not bool(rising.all()):
-            name = f"{layer_name(index)}.pos"
-            raise FormatError(f"the snapshot's tensor {name} is wrong", f"positions must rise within 0 and {end - 1}")
-        return pos
 
     def _read(self, entry: Entry, into: memoryview) -> None:
         """Fill `into` with a tensor's bytes and verify them; a smaller `into` is filled again and again."""

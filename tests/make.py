@@ -1,11 +1,11 @@
 """Small random snapshots for the tests."""
 
-import hashlib
 import io
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from xxhash import xxh3_128_hexdigest
 
 from kvcli.layers import NAMES
 from kvcli.meta import Layout, Meta, Seq
@@ -29,7 +29,7 @@ def make_snapshot(
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 1000, (tokens,), generator=rng, dtype=torch.int32)
     layout = Layout(layers, heads, q_heads, dim, dim, NAMES[dtype], dim**-0.5, kinds=("full",) * layers)
-    seq = Seq(tokens, tokens, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), 2, "\n", True)
+    seq = Seq(tokens, tokens, xxh3_128_hexdigest(ids.numpy().tobytes()), min(2, tokens), "\n", True)
     model = {"id": "tests/tiny-llama", "revision": "main", "architecture": "llama", "weights": f"{seed:032x}"}
     freq = [10000.0 ** (-2 * i / dim) for i in range(dim // 2)]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "head_dim": dim, "inv_freq": freq}
