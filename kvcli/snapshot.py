@@ -1,13 +1,16 @@
 """The snapshot as a value: padded heads and flat rows, statistics, and the whole; knows tensors, no files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import FormatError
 from .meta import Meta
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,20 @@ class Stats:
         if self.attn_mass is None:
             raise ValueError("attn_mass is missing: name it in needs=")
         return self.attn_mass.gather(1, kv.pos.clamp(min=0).long())
+
+
+class Lazy(Sequence[T]):
+    """What `read` gives for each of `indices`, when it is asked for."""
+
+    def __init__(self, indices: range, read: Callable[[int], T]) -> None:
+        self._indices, self._read = indices, read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._indices[index]
+        return [self._read(i) for i in found] if isinstance(found, range) else self._read(found)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 from weakref import finalize
 
 import torch
@@ -14,13 +14,23 @@ from xxhash import xxh3_128
 
 from .errors import FormatError
 from .header import Entry, Spec, encode_header, entry_shape, expect, layer_name
-from .layers import DTYPES, PARTS, check_globals, check_rows, check_stats, encoder, layer_tensors, spec_of, with_digest
+from .layers import (
+    DTYPES,
+    PARTS,
+    check_globals,
+    check_rows,
+    check_stats,
+    encoder,
+    layer_tensors,
+    requires_of,
+    spec_of,
+    with_digest,
+)
 from .meta import Meta
 from .outline import Outline
-from .snapshot import Rows, Snapshot, Stats
+from .snapshot import Lazy, Rows, Snapshot, Stats
 from .spool import BLOCK, Source, blaming, header_at, open_input, open_output, shown
 
-T = TypeVar("T")
 Tick = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -104,6 +114,8 @@ class Reader:
         self.header = header_at(self._fd)
         self.meta = self.header.meta
         self._encoder = encoder(self.meta.encode)
+        if untold := {*requires_of(self.header.entries, "raw")} - {*self.meta.requires}:
+            raise FormatError("the snapshot's metadata is damaged", f"it should require {', '.join(sorted(untold))}")
         self._digests: dict[str, bytes] = {}
         self._verified: set[str] = set()  # tensors whose digest was right
         self._sound: set[int] = set()  # layers whose rows were
@@ -123,7 +135,7 @@ class Reader:
         known = {"ids", "digest"}.union(*(self._known(i) for i in layers))
         extra = {e.name: self.tensor(e.name) for e in self.header.entries if e.name not in known}
         ids = check_globals(self.tensor("ids"), extra, self.meta)
-        return Snapshot(self.meta, ids, _Lazy(layers, self.rows), _Lazy(layers, self.stats), extra)
+        return Snapshot(self.meta, ids, Lazy(layers, self.rows), Lazy(layers, self.stats), extra)
 
     def verify(self, tick: Tick = lambda done, total: None) -> dict[str, Any]:
         """Read what was not read yet and say what the file holds; FormatError names the first damaged tensor."""
@@ -212,20 +224,6 @@ class Reader:
                 block, start = block[n:], start + n
         if block:
             raise FormatError(f"{self._name} became shorter while it was read")
-
-
-class _Lazy(Sequence[T]):
-    """What `read` gives for each of `indices`, when it is asked for."""
-
-    def __init__(self, indices: range, read: Callable[[int], T]) -> None:
-        self._indices, self._read = indices, read
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        found = self._indices[index]
-        return [self._read(i) for i in found] if isinstance(found, range) else self._read(found)
 
 
 def open_snapshot(source: Source) -> Snapshot:

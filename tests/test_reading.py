@@ -107,3 +107,12 @@ def test_verifying_reads_every_tensor_once(monkeypatch: pytest.MonkeyPatch) -> N
     big = [name for name in seen if name.endswith((".k", ".v"))]
     assert len(big) == len(set(big))
     assert progress[:3] == sorted(progress[:3]) and progress[-1] == 1
+
+
+@pytest.mark.parametrize("feature", ["bias", "ragged", "span"])
+def test_features_that_are_used_must_be_named(feature: str) -> None:
+    raw = packed(make_snapshot(ragged=True, bias=True))
+    named = [name for name in ("bias", "ragged", "span") if name != feature]
+    with pytest.raises(FormatError) as caught:
+        Reader(io.BytesIO(rebuilt(raw, {"kvcli.requires": json.dumps(named)})))
+    assert feature in caught.value.why

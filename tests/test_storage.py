@@ -186,7 +186,7 @@ def test_an_encoded_layer_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = registry.Stage("encode", "widened", lambda: None, parts=parts)
     monkeypatch.setitem(registry._table, ("encode", "widened"), stage)
     snapshot = make_snapshot(ragged=True)
-    meta, pos = replace(snapshot.meta, encode="widened"), frozenset({"pos"})
+    meta, pos = replace(snapshot.meta, encode="widened", requires=("ragged",)), frozenset({"pos"})
     specs, tensors = [spec_of("ids", snapshot.ids)], {"ids": snapshot.ids}
     for i, rows in enumerate(snapshot.rows):
         specs += layer_specs(i, rows.lens.tolist(), meta, pos, Stats())
