@@ -30,3 +30,10 @@ def test_two_thousand_damages_are_refused_in_little_memory() -> None:
         assert list(facts["kinds"][harm.__name__]) == ["refused"]
     for harm in FORGERY:
         assert set(facts["kinds"][harm.__name__]) == {"refused", "sound"}
+
+
+@pytest.mark.slow
+def test_a_hundred_killed_writers_lose_nothing() -> None:
+    facts = run("kills.py", 100)  # fails where anything is lost
+    assert facts["killed"] == 100 == sum(facts.get(found, 0) for found in ("old", "new", "none", "whole"))
+    assert facts["temporaries"] > 5, "no writer was killed while it wrote"
