@@ -17,6 +17,7 @@ LEVELS = [
     {"layers"},
     {"outline"},
     {"storage", "metrics"},
+    {"diff"},
     {"pipeline", "model", "tasks"},
     {"bench", "report"},
     {"cli"},

@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +15,7 @@ import click
 from .. import __version__
 from ..errors import KvError
 
-COMMANDS = ("prefill", "compress", "resume", "inspect", "verify", "methods")
+COMMANDS = ("prefill", "compress", "resume", "inspect", "verify", "diff", "methods")
 
 
 class _Commands(click.Group):
@@ -63,26 +64,43 @@ def _open_closed_streams() -> None:
 def run(args: list[str]) -> int:
     """The exit code of one command; errors go to stderr, with --json also as an object to stdout."""
     try:
+        code = _invoke(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 141
+    except (Exception, KeyboardInterrupt) as error:
+        if "-vv" in args or args.count("-v") > 1:
+            traceback.print_exc()
+        code, *words = _explain(error)
+        with suppress(OSError):  # where nobody listens the exit code must do
+            _tell(args, code, *words)
+    _drain()
+    return code
+
+
+def _invoke(args: list[str]) -> int:
+    try:
         if "_KVCLI_COMPLETE" in os.environ:
             cli.main(args=args, prog_name="kvcli")
         # Not cli.main: it turns a broken pipe into exit code 1 in every mode.
         with cli.make_context("kvcli", args) as context:
             cli.invoke(context)
-        sys.stdout.flush()
-        return 0
     except click.exceptions.Exit as done:
         return done.exit_code
-    except BrokenPipeError:
-        # Whatever is still buffered has no reader: let the final flush go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
         return 2
-    except (Exception, KeyboardInterrupt) as error:
-        if "-vv" in args or args.count("-v") > 1:
-            traceback.print_exc()
-        return _fail(args, *_explain(error))
+    return 0
+
+
+def _drain() -> None:
+    """Let what stdout can no longer take go nowhere, or Python would try it again at its end and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
 
 
 def _explain(error: BaseException) -> tuple[int, str, str, str]:
@@ -105,7 +123,7 @@ def _see_help(error: click.ClickException) -> str:
     return f"see {context.command_path} --help" if context else "see kvcli --help"
 
 
-def _fail(args: list[str], code: int, what: str, why: str, fix: str) -> int:
+def _tell(args: list[str], code: int, what: str, why: str, fix: str) -> None:
     from .streams import is_piped
     from .ui import clean
 
@@ -116,4 +134,3 @@ def _fail(args: list[str], code: int, what: str, why: str, fix: str) -> int:
         # Where the snapshot itself goes to stdout, so would these words.
         piped = args[0] in ("prefill", "compress") and not {"-o", "--output"} & {*args} and is_piped(sys.stdout)
         print(json.dumps({"schema": "kvcli.error/1", "error": error}), file=sys.stderr if piped else sys.stdout)
-    return code
