@@ -15,7 +15,7 @@ import click
 from .. import __version__
 from ..errors import KvError
 
-COMMANDS = ("prefill", "compress", "resume", "inspect", "verify", "diff", "methods")
+COMMANDS = ("prefill", "compress", "resume", "inspect", "verify", "diff", "methods", "doctor")
 
 
 class _Commands(click.Group):

