@@ -253,7 +253,7 @@ def test_a_closed_pipe_is_141(work: Path) -> None:
 
 def test_light_commands_import_no_torch(work: Path) -> None:
     heavy = ["torch", "transformers", "rich"]
-    for args in (["--help"], ["compress", "--help"], ["--version"], ["inspect", "b"]):
+    for args in (["--help"], ["compress", "--help"], ["--version"], ["inspect", "b"], ["completion", "zsh"]):
         code = f"import sys; from kvcli.cli import run; sys.exit(run({args}) or any(m in sys.modules for m in {heavy}))"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 

@@ -15,7 +15,7 @@ import click
 from .. import __version__
 from ..errors import KvError
 
-COMMANDS = ("prefill", "compress", "resume", "inspect", "verify", "diff", "methods", "doctor")
+COMMANDS = ("prefill", "compress", "resume", "inspect", "verify", "diff", "methods", "doctor", "completion")
 
 
 class _Commands(click.Group):

@@ -30,7 +30,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     short_help="Make a snapshot smaller; no model is needed.",
     epilog="Methods: " + ", ".join(METHODS) + ". `kvcli methods` says more.",
 )
-@click.argument("file", required=False, metavar="[FILE|-]")
+@click.argument("file", required=False, metavar="[FILE|-]", type=click.Path())
 @click.option(
     "-m",
     "--method",

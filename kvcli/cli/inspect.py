@@ -9,7 +9,7 @@ from .ui import clean, current, output_options, size
 
 
 @click.command("inspect", short_help="Say what a snapshot holds and what was done to it.")
-@click.argument("file", required=False, metavar="[FILE|-]")
+@click.argument("file", required=False, metavar="[FILE|-]", type=click.Path())
 @output_options
 def command(file: str | None) -> None:
     """Say what a snapshot holds and what was done to it, from its header alone. --json gives all of it.

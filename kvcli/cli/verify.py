@@ -7,7 +7,7 @@ from .ui import clean, current, output_options, size
 
 
 @click.command("verify", short_help="Check every byte of a snapshot.")
-@click.argument("file", required=False, metavar="[FILE|-]")
+@click.argument("file", required=False, metavar="[FILE|-]", type=click.Path())
 @output_options
 def command(file: str | None) -> None:
     """Check that a snapshot is whole and undamaged: exit 0 if it is, 4 if not.
