@@ -87,7 +87,9 @@ class Meta:
             if not all(isinstance(word, str) for word in words):
                 raise TypeError("a name is not a string")
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as cause:
-            raise FormatError("the snapshot's metadata is damaged", f"{type(cause).__name__}: {cause}") from cause
+            raise FormatError(
+                "the snapshot's metadata is damaged", f"{type(cause).__name__}: {cause!s:.200}"
+            ) from cause
         return meta
 
     @classmethod
@@ -119,7 +121,7 @@ def check_version(text: Mapping[str, str]) -> None:
         raise FormatError("a safetensors file, but not a kvcli snapshot", "its metadata has no kvcli.format")
     if version.split(".")[0] != FORMAT.split(".")[0]:
         raise FormatError(
-            f"the snapshot has format {version}; this kvcli reads 1.x", fix="install a newer kvcli to read it"
+            f"the snapshot has format {version:.40}; this kvcli reads 1.x", fix="install a newer kvcli to read it"
         )
     try:
         requires = json.loads(text.get("kvcli.requires", "[]"))
@@ -128,7 +130,7 @@ def check_version(text: Mapping[str, str]) -> None:
         raise FormatError("the snapshot's metadata is damaged", "kvcli.requires is not a list of names") from cause
     if strange:
         raise FormatError(
-            f"the snapshot requires {', '.join(map(str, strange))}, which this kvcli does not know",
+            f"the snapshot requires {', '.join(map(str, strange)):.200}, which this kvcli does not know",
             fix="install a newer kvcli to read it",
         )
 

@@ -1,6 +1,7 @@
 """Every command that reads a snapshot, given what is none, cut off from its streams, or stopped while it writes."""
 
 import errno
+import io
 import os
 import pty
 import resource
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from test_storage import rebuilt
 from tiny import tiny_model
 
 from kvcli.cli import main, run
-from kvcli.storage import Writer
+from kvcli.storage import Writer, open_snapshot
 
 READERS = {
     "compress": "compress FILE -m random -b 50% -o out",
@@ -100,6 +101,17 @@ def test_what_is_no_snapshot_is_refused(
     refused(capsys, READERS[reader].replace("FILE", str(tmp_path / "bad")), code, words)
 
 
+@pytest.mark.parametrize("reader", [name for name in READERS if name != "inspect"])  # which reads no numbers
+def test_numbers_that_are_none_are_refused_by_layer(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str
+) -> None:
+    raw = (work / "a").read_bytes()
+    values = open_snapshot(io.BytesIO(raw)).layer(1).v.clone()
+    values[1, 7, 3] = torch.inf
+    (tmp_path / "bad").write_bytes(rebuilt(raw, {}, **{"L001.v": values}))
+    refused(capsys, READERS[reader].replace("FILE", str(tmp_path / "bad")), 4, "layer 1: v holds NaN or infinity")
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_what_may_not_be_read_is_refused(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reader: str
@@ -162,7 +174,7 @@ WRITERS = [
 
 @pytest.mark.parametrize("line", WRITERS)
 @pytest.mark.parametrize("json", [False, True])
-def test_a_reader_that_has_gone_is_141(work: Path, monkeypatch: pytest.MonkeyPatch, line: str, json: bool) -> None:
+def test_a_reader_that_has_gone_is_141(work: Path, line: str, json: bool) -> None:
     if json and line.split()[0] in ("completion", "--help"):
         pytest.skip("there is no --json")
     r, w = os.pipe()
@@ -171,8 +183,7 @@ def test_a_reader_that_has_gone_is_141(work: Path, monkeypatch: pytest.MonkeyPat
     os.dup2(w, 1)
     os.close(w)
     try:
-        with open(1, "w", closefd=False) as stdout:
-            monkeypatch.setattr(sys, "stdout", stdout)
+        with open(1, "w", closefd=False) as stdout, redirect_stdout(stdout):
             code = run([*line.split(), *(["--json"] if json else [])])
     finally:
         os.dup2(old, 1)
@@ -192,9 +203,12 @@ def test_snapshots_neither_go_to_terminals_nor_come_from_them(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, stream: str
 ) -> None:
     ours, theirs = pty.openpty()
-    with os.fdopen(ours, "rb"), os.fdopen(theirs, "w" if stream == "stdout" else "r") as terminal:
-        monkeypatch.setattr(sys, stream, terminal)
-        assert run(line.split()) == 2
+    mode = "w" if stream == "stdout" else "r"
+    # The context ends before capsys takes its own stream away.
+    with os.fdopen(ours, "rb"), os.fdopen(theirs, mode) as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, stream, terminal)
+        code = run(line.split())
+    assert code == 2
     assert "terminal" in capsys.readouterr().err
 
 
