@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from make import make_snapshot, packed
 from safetensors.torch import save_file
 from test_storage import rebuilt
 from tiny import tiny_model
+from xxhash import xxh3_128_hexdigest
 
 from kvcli.cli import main, run
 from kvcli.storage import Writer, open_snapshot
@@ -110,6 +112,21 @@ def test_numbers_that_are_none_are_refused_by_layer(
     values[1, 7, 3] = torch.inf
     (tmp_path / "bad").write_bytes(rebuilt(raw, {}, **{"L001.v": values}))
     refused(capsys, READERS[reader].replace("FILE", str(tmp_path / "bad")), 4, "layer 1: v holds NaN or infinity")
+
+
+def test_tokens_the_model_does_not_know_are_refused(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = (work / "a").read_bytes()
+    snapshot = open_snapshot(io.BytesIO(raw))
+    ids = snapshot.ids.clone()
+    ids[3] = 300
+    meta = snapshot.meta
+    seq = replace(meta.seq, ids_hash=xxh3_128_hexdigest(ids.numpy().tobytes()))
+    # Stored in another precision, so that the first tokens decide.
+    strings = replace(meta, seq=seq, model={**meta.model, "weights": "0", "weights_dtype": "F16"}).to_strings()
+    (tmp_path / "bad").write_bytes(rebuilt(raw, strings, ids=ids))
+    refused(capsys, f"resume {tmp_path}/bad -p x -n 2", 5, "token 300")
 
 
 @pytest.mark.parametrize("reader", READERS)

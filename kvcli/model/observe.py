@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from transformers import Cache
 
-from ..errors import KvError
+from ..errors import KvError, MismatchError
 from ..kernels.mass import attention_mass
 from ..layers import NAMES
 from ..meta import Layout, Meta, Seq
@@ -140,7 +140,15 @@ def prefill(
 
 @torch.inference_mode()
 def probe(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:  # [P] -> [L, H, P, D], [L, H, P, Dv]
-    """Keys and values of a few tokens run on their own: what the model's identity is checked by."""
+    """Keys and values of a few tokens run on their own: what the model's identity is checked by.
+
+    Raises MismatchError for tokens that are not in the model's vocabulary.
+    """
+    largest, V = max(ids.tolist(), default=0), model.net.get_input_embeddings().num_embeddings
+    if largest >= V:
+        raise MismatchError(
+            f"the snapshot holds the token {largest}, the model knows {V}", fix="give the model that made it"
+        )
     layers = [Layer(room=len(ids), window=window) for window in windows(model.config)]
     _read(model.net, layers, ids, len(ids), lambda done, total: None)
     return torch.stack([layer.keys for layer in layers]).cpu(), torch.stack([layer.values for layer in layers]).cpu()
