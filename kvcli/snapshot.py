@@ -94,16 +94,6 @@ def _parts(layer: Rows | LayerKV) -> list[tuple[str, Tensor]]:
     return [(name, part) for name, part in every if part is not None]
 
 
-def check_finite(layer: int, **parts: Tensor | None) -> None:
-    """Raise FormatError, which names layer and part, where a number is NaN or infinite.
-
-    The extremes show both, NaN being passed on by them, at a tenth of the price of a mask over all numbers.
-    """
-    for name, part in parts.items():
-        if part is not None and part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):
-            raise FormatError(f"layer {layer}: {name} holds NaN or infinity", fix="prefill the document again")
-
-
 def gather(kv: LayerKV, index: Tensor) -> LayerKV:  # [H, n] int64, -1 = padding
     """The entries named by `index` in each head; index -1 gives padding."""
     at, real = index.clamp(min=0), index >= 0
@@ -154,6 +144,16 @@ class Stats:
         if self.attn_mass is None:
             raise ValueError("attn_mass is missing: name it in needs=")
         return self.attn_mass.gather(1, kv.pos.clamp(min=0).long())
+
+
+def check_finite(layer: int, **parts: Tensor | None) -> None:
+    """Raise FormatError, which names layer and part, where a number is NaN or infinite.
+
+    The extremes show both, NaN being passed on by them, at a tenth of the price of a mask over all numbers.
+    """
+    for name, part in parts.items():
+        if part is not None and part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):
+            raise FormatError(f"layer {layer}: {name} holds NaN or infinity", fix="prefill the document again")
 
 
 class Lazy(Sequence[T]):
