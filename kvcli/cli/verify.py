@@ -10,7 +10,7 @@ from .ui import clean, current, output_options, size
 @click.argument("file", required=False, metavar="[FILE|-]", type=click.Path())
 @output_options
 def command(file: str | None) -> None:
-    """Check that a snapshot is whole and undamaged: exit 0 if it is, 4 if not.
+    """Check that a snapshot is whole, undamaged and holds only finite numbers: exit 0 if it does, 4 if not.
 
     \b
     Examples:
