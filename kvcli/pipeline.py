@@ -18,7 +18,7 @@ from .metrics import median_p95, output_error
 from .outline import Outline
 from .recipe import Recipe, evicting
 from .registry import Ask, Scored
-from .snapshot import LayerKV, Snapshot, Stats
+from .snapshot import LayerKV, Snapshot, Stats, check_finite
 from .storage import Writer
 
 Tick = Callable[[int, int], None]
@@ -65,8 +65,7 @@ def make_plans(
     scored: list[list[Scored | None]] = [[] for _ in asks]
     for i in range(len(snapshot.rows)):
         kv = snapshot.layer(i)
-        if kv.strange:
-            raise KvError(f"layer {i}: the tensor {kv.strange[0]} holds NaN or infinity", fix="prefill again")
+        check_finite(i, k=kv.k, v=kv.v, bias=kv.bias)
         lens.append(kv.lens)
         for mine, part in zip(scored, _score_layer(snapshot, recipe, i, kv, asks), strict=True):
             mine.append(part)

@@ -62,12 +62,6 @@ class LayerKV:
     def lens(self) -> Tensor:  # [H] int64
         return self.real.sum(1)
 
-    @property
-    def strange(self) -> list[str]:
-        """The parts that hold NaN or infinity; one pass over each, as NaN is both smallest and largest."""
-        numbers = [(name, part) for name, part in _parts(self) if part.is_floating_point()]
-        return [name for name, part in numbers if not bool(torch.stack(part.aminmax()).isfinite().all())]
-
     def rows(self) -> Rows:
         """The same entries without padding; a view when no head is padded."""
         real, lens = self.real, self.lens
