@@ -231,18 +231,18 @@ def expect(header: Header, name: str, dtype: str, shape: tuple[int, ...], *, nee
 def summary(header: Header, meta: Meta) -> dict[str, Any]:
     """What a snapshot is, for people and as JSON: its metadata, and what the header tells of entries and bytes.
 
-    keep: share of the document's entries, sliding layers left out.
+    entries, of, keep: those in layers a budget is about, of how many for the full document, and their share.
     per_head: None for a layer whose heads differ; what each holds is in its data, not in its header.
     """
-    layout = meta.layout
-    shapes = [entry_shape(header, meta, i) for i in range(layout.layers)]
-    full = [prod(shapes[i]) for i in meta.held]
+    shapes = [entry_shape(header, meta, i) for i in range(meta.layout.layers)]
+    entries, of = sum(prod(shapes[i]) for i in meta.held), len(meta.held) * meta.layout.heads * meta.seq.tokens
     stats = {match[1] for name in header.by_name if (match := re.match(r"(?:L[0-9]+\.)?stat\.(.*)", name))}
     return {
         "format": header.metadata["kvcli.format"],
         **asdict(meta),
-        "entries": sum(map(prod, shapes)),
-        "keep": sum(full) / (len(full) * layout.heads * meta.seq.tokens) if full else 1.0,
+        "entries": entries,
+        "of": of,
+        "keep": entries / of if of else 1.0,
         "kv_bytes": sum(entry.nbytes for entry in header.entries if is_payload(entry.name)),
         "file_bytes": header.size,
         "stats": sorted(stats),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from kvcli.budget import Budget
+from kvcli.cli import run
 from kvcli.errors import InfeasibleError
 from kvcli.metrics import attend
 from kvcli.model.cache import make_cache, named
@@ -235,6 +236,17 @@ def test_a_rope_that_changes_with_length_is_refused_across_its_switch(name: str,
     with pytest.raises(InfeasibleError, match=r"121 tokens") as caught:
         prefill(model, [5] * 121, (0, "", False))
     assert f"{name.split()[-1]} RoPE" in caught.value.why
+
+
+def test_inspect_tells_sliding_layers_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load(str(build("gemma3_text", tmp_path)), dtype="float32")
+    write_snapshot(read(model), tmp_path / "a")
+    shrunk(read(model), "snapkv", tmp_path / "b")
+    for name, entries in (("a", 110), ("b", 33)):
+        assert run(["inspect", str(tmp_path / name)]) == 0
+        told = capsys.readouterr().out
+        assert "3 layers" in told and "2 of them sliding" in told
+        assert f"{entries * 2} of 220 ({entries / 110:.1%}), {entries} in every head" in told
 
 
 def test_a_window_that_is_not_the_configs_is_refused(tmp_path: Path) -> None:

@@ -39,16 +39,20 @@ def _facts(origin: streams.Source) -> dict[str, Any]:
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     layout, seq, model = facts["layout"], facts["seq"], facts["model"]
-    total = layout["layers"] * layout["heads"] * seq["tokens"]
     shape = f"{layout['layers']} layers x {layout['heads']} heads x {layout['head_dim']}, {layout['dtype']}"
-    heads = [layer["per_head"] for layer in facts["layers"]]
-    each = f"{heads[0]:,} in every head" if len({*heads}) == 1 and heads[0] else "heads differ"
+    kinds = layout["kinds"] or ["full"] * layout["layers"]
+    sliding = kinds.count("sliding")
+    shape += f", {sliding} of them sliding: they keep their window" if sliding else ""
+    heads = [layer["per_head"] for layer, kind in zip(facts["layers"], kinds, strict=True) if kind == "full"]
+    each = (
+        f"{heads[0]:,} in every head" if len({*heads}) == 1 and heads[0] else "heads differ" if heads else "all slide"
+    )
     lines = [
         ("file", f"{facts['file']}, {size(facts['file_bytes'])}, format {facts['format']}"),
         ("model", f"{model['id']} ({model['architecture']}, weights {model['weights'][:12]})"),
         ("cache", shape),
         ("tokens", f"{seq['tokens']:,} ({seq['lead']} of the chat template)" if seq["chat"] else f"{seq['tokens']:,}"),
-        ("entries", f"{facts['entries']:,} of {total:,} ({facts['keep']:.1%}), {each}"),
+        ("entries", f"{facts['entries']:,} of {facts['of']:,} ({facts['keep']:.1%}), {each}"),
         ("kv bytes", f"{facts['kv_bytes']:,} ({size(facts['kv_bytes'])})"),
         ("stats", ", ".join(facts["stats"]) or "none"),
         ("requires", ", ".join(facts["requires"]) or "nothing special"),
