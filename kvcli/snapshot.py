@@ -88,6 +88,19 @@ def _parts(layer: Rows | LayerKV) -> list[tuple[str, Tensor]]:
     return [(name, part) for name, part in every if part is not None]
 
 
+def append(rows: Rows, new: Rows, since: int = 0) -> Rows:
+    """The entries of each head at positions `since` and later, and behind them those of `new`, which has no bias."""
+    seen = rows.pos >= since
+    lens = torch.stack([part.sum() for part in torch.split(seen, rows.lens.tolist())])
+    blank = {"bias": torch.zeros(len(new.pos)), "span": torch.ones_like(new.pos)}
+    joined = {}
+    for name, part in _parts(rows):
+        old, added = part if bool(seen.all()) else part[seen], blank.get(name, getattr(new, name)).to(part.dtype)
+        pairs = zip(torch.split(old, lens.tolist()), torch.split(added, new.lens.tolist()), strict=True)
+        joined[name] = torch.cat([piece for pair in pairs for piece in pair])
+    return Rows(lens=lens + new.lens, **joined)
+
+
 def gather(kv: LayerKV, index: Tensor) -> LayerKV:  # [H, n] int64, -1 = padding
     """The entries named by `index` in each head; index -1 gives padding."""
     at, real = index.clamp(min=0), index >= 0

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
 
 import torch
 import xxhash
@@ -13,7 +12,7 @@ from transformers import Cache
 from ..errors import KvError, MismatchError
 from ..kernels.mass import attention_mass
 from ..layers import NAMES
-from ..meta import Layout, Meta, Seq
+from ..meta import Json, Layout, Meta, Seq
 from ..snapshot import Rows, Snapshot, Stats
 from .attend import Law
 from .cache import Layer, named, windows
@@ -24,22 +23,31 @@ from .text import context_length, too_long
 WINDOW = 64  # last queries saved
 PROBES = 64  # queries saved evenly over the document
 IDENTITY = 8  # tokens run on their own to recognise the model
+CUT = "shorten it, or cut it with --truncate"
 
 
 class ObservedLayer(Layer):
-    """A cache layer with room for the whole document that also collects the layer's statistics.
+    """A cache layer with room for `tokens` more behind its prefix that also collects the layer's statistics.
 
+    before: the statistics of the prefix, which are continued; sums over all tokens only where none was dropped.
     A layer whose window is shorter than the document keeps its last window and no statistics: it is never compressed.
     """
 
-    def __init__(self, tokens: int, window: int | None = None) -> None:
-        self.slides = window is not None and window <= tokens
-        super().__init__(room=1 if self.slides else tokens, window=window)
-        self.tokens = tokens
-        self.last = torch.arange(max(0, tokens - WINDOW), tokens)
-        self.probe = torch.linspace(0, tokens - 1, min(PROBES, tokens)).round().long()
-        self.queries: dict[str, list[Tensor]] = {"last": [], "probe": []}
-        self.norms: list[Tensor] = []
+    def __init__(
+        self,
+        tokens: int,
+        window: int | None = None,
+        prefix: Rows | None = None,
+        start: int = 0,
+        before: Stats | None = None,
+    ) -> None:
+        self.end = start + tokens
+        self.slides = window is not None and window <= self.end
+        super().__init__(prefix, start, 1 if self.slides else tokens, window)
+        self.before = before or Stats()
+        spread = torch.linspace(0, self.end - 1, min(PROBES, self.end)).round().long()
+        self.wanted = {"last": torch.arange(max(0, self.end - WINDOW), self.end), "probe": spread}
+        self.queries: dict[str, list[Tensor]] = {name: [] for name in self.wanted}
         self.law = Law(0.0)
         self.finite = True
 
@@ -53,42 +61,79 @@ class ObservedLayer(Layer):
         return out
 
     def _observe(self, q: Tensor, lse: Tensor, module: nn.Module) -> None:
-        past = self.length - q.shape[1]
-        if not past:
-            self.mass = torch.zeros(self.keys.shape[0], self.tokens, device=q.device)
-        k_new = self.keys[:, past : self.length]
-        self.mass[:, past : self.length] += attention_mass(q, k_new, lse, self.law.scale, True, self.law.softcap)
-        if past:
-            k_old = self.keys[:, :past]
-            self.mass[:, :past] += attention_mass(q, k_old, lse, self.law.scale, False, self.law.softcap)
-        for name, positions in (("last", self.last), ("probe", self.probe)):
-            here = positions[(positions >= past) & (positions < self.length)] - past
-            self.queries[name].append(q[:, here.to(q.device)])
+        past = self.get_seq_length() - q.shape[1]
+        if past == self.start:
+            self.mass, self.norm = self._sums("attn_mass"), self._sums("value_norm")
+        if self.mass is not None:
+            self._add_mass(self.mass, q, lse)
         weight = _output_weight(module)
-        if weight is not None:
-            self.norms.append(value_norm(self.values[:, past : self.length], weight, q.shape[0]))
+        if self.norm is not None and weight is not None:
+            values = self.values[:, past - self.start : self.length]
+            self.norm[:, past : past + q.shape[1]] = value_norm(values, weight, q.shape[0])
+        elif weight is None:
+            self.norm = None
+        for name, wanted in self.wanted.items():
+            here = wanted[(wanted >= past) & (wanted < past + q.shape[1])] - past
+            self.queries[name].append(q[:, here.to(q.device)])
+
+    def _sums(self, name: str) -> Tensor | None:  # -> [H, end] float32
+        """What the prefix's tokens have, with room for the others; None where it cannot be continued."""
+        found = torch.zeros(self.keys.shape[0], self.end, device=self.keys.device)
+        if self.prefix is not None:
+            old: Tensor | None = getattr(self.before, name)
+            if old is None or self.prefix.bias is not None or {*self.lens, old.shape[1]} != {self.start}:
+                return None
+            found[:, : self.start] = old
+        return found
+
+    def _add_mass(self, mass: Tensor, q: Tensor, lse: Tensor) -> None:
+        """Add what each entry receives from the newest queries."""
+        old = self.held - q.shape[1]
+        parts = [(self.keys[:, old : self.held], self.start + old, True), (self.keys[:, :old], self.start, False)]
+        if self.prefix is not None:
+            parts.append((torch.unflatten(self.prefix.k, 0, (len(mass), -1)), 0, False))
+        for k, at, causal in parts:
+            if k.shape[1]:
+                here = attention_mass(q, k, lse, self.law.scale, causal, self.law.softcap)
+                mass[:, at : at + k.shape[1]] += here
 
     def stats(self) -> Stats:
         """What was observed; complete when all tokens have been read."""
         if self.slides:
             return Stats()
+        (q_last, q_last_pos), (q_probe, q_probe_pos) = self._saved("last"), self._saved("probe")
         sinks = self.law.sink_logit
         return Stats(
-            q_last=torch.cat(self.queries["last"], 1).cpu(),
-            q_last_pos=self.last.int(),
-            q_probe=torch.cat(self.queries["probe"], 1).cpu(),
-            q_probe_pos=self.probe.int(),
-            attn_mass=self.mass.cpu(),
-            value_norm=torch.cat(self.norms, 1).cpu() if self.norms else None,
+            q_last=q_last,
+            q_last_pos=q_last_pos,
+            q_probe=q_probe,
+            q_probe_pos=q_probe_pos,
+            attn_mass=None if self.mass is None else self.mass.cpu(),
+            value_norm=None if self.norm is None else self.norm.cpu(),
             sink_logit=None if sinks is None else sinks.float().cpu(),
         )
 
+    def _saved(self, name: str) -> tuple[Tensor | None, Tensor | None]:  # [Hq, W, D], [W] int32
+        """The wanted queries; of those before the prefix ends, the nearest that were saved then."""
+        wanted, q = self.wanted[name], torch.cat(self.queries[name], 1).cpu()
+        pos = wanted[wanted >= self.start].int()
+        old, old_pos = getattr(self.before, f"q_{name}"), getattr(self.before, f"q_{name}_pos")
+        if old is None or old_pos is None:
+            # Queries of the new tokens alone would not be spread over the document.
+            return (None, None) if name == "probe" and self.start else (q, pos)
+        old_pos = old_pos[old_pos < self.start]  # not those of a question
+        before = wanted[wanted < self.start]
+        if len(old_pos) and len(before):
+            near = (old_pos[:, None] - before).abs().argmin(0).unique()
+            q, pos = torch.cat([old[:, near], q.to(old.dtype)], 1), torch.cat([old_pos[near], pos])
+        return q, pos
+
     def rows(self) -> Rows:
-        """What later tokens will see of the layer as flat rows; the whole document is not copied on the CPU."""
-        heads, count = self.keys.shape[0], self.tokens
+        """What later tokens will see of the new ones as flat rows; a whole document is not copied on the CPU."""
+        heads, count = self.keys.shape[0], self.held
         if self.slides and self.window:
             count = max(1, min(self.held, self.window - 1))
-        pos = torch.arange(self.tokens - count, self.tokens, dtype=torch.int32).repeat(heads)
+        pos = torch.arange(self.end - count, self.end, dtype=torch.int32).repeat(heads)
         k, v = (part[:, self.held - count : self.held].flatten(0, 1).cpu() for part in (self.keys, self.values))
         return Rows(k, v, pos, torch.full((heads,), count))
 
@@ -125,14 +170,11 @@ def prefill(
     Raises InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
     if len(ids) > context_length(model.config):
-        raise too_long(model.config, f"the document has {len(ids):,} tokens", "shorten it")
+        raise too_long(model.config, f"the document has {len(ids):,} tokens", CUT)
     layers = [ObservedLayer(len(ids), window) for window in windows(model.config)]
     tokens = torch.tensor(ids, dtype=torch.int32)
-    hidden = _read(model.net, layers, tokens, chunk, tick)
+    hidden = read(model, layers, tokens, chunk, tick)
     probe_k, probe_v = probe(model, tokens[:IDENTITY])
-    for i, layer in enumerate(layers):
-        if not layer.finite:
-            raise KvError(f"layer {i} gave NaN or infinity", f"computed in {model.net.dtype}", "try --dtype float32")
     extra = {"stat.final_hidden": hidden[-1].cpu(), "stat.probe_k": probe_k, "stat.probe_v": probe_v}
     rows, stats = [layer.rows() for layer in layers], [layer.stats() for layer in layers]
     return Snapshot(_meta(model, tokens, seq, layers), tokens, rows, stats, extra)
@@ -150,20 +192,34 @@ def probe(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:  # [P] -> [L, H, 
             f"the snapshot holds the token {largest}, the model knows {V}", fix="give the model that made it"
         )
     layers = [Layer(room=len(ids), window=window) for window in windows(model.config)]
-    _read(model.net, layers, ids, len(ids), lambda done, total: None)
+    read(model, layers, ids, len(ids))
     return torch.stack([layer.keys for layer in layers]).cpu(), torch.stack([layer.values for layer in layers]).cpu()
 
 
-def _read(
-    net: Any, layers: Sequence[Layer], ids: Tensor, chunk: int, tick: Callable[[int, int], None]
+def read(
+    model: Model,
+    layers: Sequence[Layer],
+    ids: Tensor,
+    chunk: int,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:  # -> [M, d] hidden states of the last chunk after the final norm
-    cache = Cache(layers=list(layers))
+    """Run these ids through the model behind what the layers hold; KvError where what it computes is not finite."""
+    cache, net = Cache(layers=list(layers)), model.net
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk].long()[None].to(net.device)
         out = net.base_model(input_ids=part, use_cache=True, **named(net.base_model, cache))
         hidden: Tensor = out.last_hidden_state[0]
         tick(min(start + chunk, len(ids)), len(ids))
+    bad = [f"layer {i}" for i, layer in enumerate(layers) if isinstance(layer, ObservedLayer) and not layer.finite]
+    if bad or not bool(hidden.isfinite().all()):
+        who = bad[0] if bad else "the model's last hidden state"
+        raise KvError(f"NaN or infinity in {who}", f"computed in {net.dtype}", "try --dtype float32")
     return hidden
+
+
+def ids_hash(ids: Tensor) -> str:  # [N] int32
+    """What a document is known by."""
+    return xxhash.xxh3_128_hexdigest(ids.numpy().tobytes())
 
 
 def _meta(model: Model, ids: Tensor, seq: tuple[int, str, bool], layers: Sequence[ObservedLayer]) -> Meta:
@@ -180,15 +236,18 @@ def _meta(model: Model, ids: Tensor, seq: tuple[int, str, bool], layers: Sequenc
         softcap=layer.law.softcap,
         kinds=tuple("sliding" if each.slides else "full" for each in layers),
     )
-    digest = xxhash.xxh3_128_hexdigest(ids.numpy().tobytes())
-    rope = {"head_dim": layer.keys.shape[-1], **(getattr(config, "rope_parameters", None) or {})}
-    held = [i for i, each in enumerate(layers) if not each.slides]
-    if freq := frequencies(model.net, held, ids):
-        rope["inv_freq"] = freq
     return Meta(
-        seq=Seq(len(ids), len(ids), digest, lead, tail, chat),
+        seq=Seq(len(ids), len(ids), ids_hash(ids), lead, tail, chat),
         model=model.identity,
         tokenizer=model.tokenizer_hash,
         layout=layout,
-        rope=rope,
+        rope=rope_of(model, ids, layers),
     )
+
+
+def rope_of(model: Model, ids: Tensor, layers: Sequence[ObservedLayer]) -> Json:
+    """How the keys of a document [N] turn with their positions."""
+    rope = {"head_dim": layers[0].keys.shape[-1], **(getattr(model.config, "rope_parameters", None) or {})}
+    held = [i for i, layer in enumerate(layers) if not layer.slides]
+    freq = frequencies(model.net, held, ids)
+    return {**rope, "inv_freq": freq} if freq else rope

@@ -1,0 +1,98 @@
+"""Further tokens behind a snapshot: appended to it, or only asking what it holds."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..snapshot import Rows, Snapshot, append
+from .attend import Law
+from .cache import Layer, place, windows
+from .load import Model
+from .observe import WINDOW, ObservedLayer, ids_hash, read, rope_of
+from .text import context_length, too_long
+
+
+@torch.inference_mode()
+def extend(
+    model: Model,
+    snapshot: Snapshot,
+    ids: Sequence[int],
+    *,
+    chunk: int = 1024,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Snapshot:
+    """The snapshot with these tokens read behind it, as if document and tokens had been read in one go.
+
+    Statistics go on as far as they can: sums over all tokens (`attn_mass`, `value_norm`) are left out once entries have
+    been dropped or merged, `q_last` is renewed. Memory is the snapshot twice. Raises InfeasibleError for more tokens
+    than the model reads, KvError where a layer is not finite.
+    """
+    meta, tokens = snapshot.meta, torch.tensor(ids, dtype=torch.int32)
+    if not len(tokens):
+        raise UsageError("there is nothing to append")
+    _check_room(model, meta.seq.next_pos, len(tokens))
+    old = [snapshot.rows[i] for i in range(len(snapshot.rows))]
+    layers = [
+        ObservedLayer(len(tokens), window, _placed(model, rows), meta.seq.next_pos, snapshot.stats[i])
+        for i, (rows, window) in enumerate(zip(old, windows(model.config), strict=True))
+    ]
+    hidden = read(model, layers, tokens, chunk, tick)
+    rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(old, layers, strict=True)]
+    every = torch.cat([snapshot.ids, tokens])
+    end = meta.seq.next_pos + len(tokens)
+    seq = replace(meta.seq, tokens=len(every), next_pos=end, ids_hash=ids_hash(every))
+    kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
+    meta = replace(meta, seq=seq, layout=replace(meta.layout, kinds=kinds), encode="raw", rope=rope_of(model, every, layers))
+    extra = {name: part for name, part in snapshot.extra.items() if not re.fullmatch(r"report|L[0-9]+\..*", name)}
+    final = hidden[-1].cpu()
+    return Snapshot(meta, every, rows, [layer.stats() for layer in layers], {**extra, "stat.final_hidden": final})
+
+
+class _Asking(Layer):
+    """A cache layer that keeps its last queries."""
+
+    def __init__(self, prefix: Rows, start: int, window: int | None) -> None:
+        super().__init__(prefix, start, window=window)
+        self.asked: list[Tensor] = []  # a chunk each, [Hq, at most WINDOW, D]
+
+    def attend(self, q: Tensor, law: Law, module: nn.Module) -> Tensor:
+        self.asked.append(q[:, -WINDOW:])
+        return super().attend(q, law, module)
+
+
+@torch.inference_mode()
+def aim(model: Model, snapshot: Snapshot, ids: Sequence[int], *, chunk: int = 1024) -> Snapshot:
+    """The same snapshot with `q_last` taken from a question of these tokens, which is run behind it and left out.
+
+    Raises InfeasibleError where the question does not fit the model's context.
+    """
+    start, held = snapshot.meta.seq.next_pos, snapshot.meta.held
+    _check_room(model, start, len(ids))
+    rows = [snapshot.rows[i] for i in range(len(snapshot.rows))]
+    spans = windows(model.config)
+    layers = [_Asking(_placed(model, part), start, window) for part, window in zip(rows, spans, strict=True)]
+    read(model, layers, torch.tensor(ids, dtype=torch.int32), chunk)
+    stats = [snapshot.stats[i] for i in range(len(rows))]
+    pos = torch.arange(start, start + len(ids), dtype=torch.int32)[-WINDOW:]
+    for i in held:
+        q = torch.cat(layers[i].asked, 1)[:, -WINDOW:].to("cpu", rows[i].k.dtype)
+        stats[i] = replace(stats[i], q_last=q, q_last_pos=pos)
+    return Snapshot(snapshot.meta, snapshot.ids, rows, stats, snapshot.extra)
+
+
+def _check_room(model: Model, start: int, new: int) -> None:
+    if start + new > context_length(model.config):
+        raise too_long(model.config, f"no room for {new:,} tokens behind {start:,}", "shorten it, or use --truncate")
+
+
+def _placed(model: Model, rows: Rows) -> Rows:
+    return place(rows, model.device, model.net.dtype)
+
+
+def _first(layer: ObservedLayer) -> int:
+    """The position of the first token that a next one can see."""
+    return max(0, layer.end + 1 - layer.window) if layer.slides and layer.window else 0
