@@ -51,7 +51,7 @@ def result(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
 
 
 def test_the_main_job(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    full = result(capsys, "prefill", "doc.txt", "--model", "model", "-o", "c.kv.safetensors")
+    (full,) = result(capsys, "prefill", "doc.txt", "--model", "model", "-o", "c.kv.safetensors")["rows"]  # type: ignore[misc]
     assert (work / "c.kv.safetensors").read_bytes() == (work / "a.kv.safetensors").read_bytes()
     assert full["file_bytes"] == (work / "c.kv.safetensors").stat().st_size
     args = [

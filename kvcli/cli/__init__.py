@@ -125,10 +125,9 @@ def _see_help(error: click.ClickException) -> str:
 
 def _tell(args: list[str], code: int, what: str, why: str, fix: str) -> None:
     from .streams import is_piped
-    from .ui import clean
+    from .ui import complain
 
-    lines = [clean(line) for line in (what, why, fix) if line]
-    print("kvcli: " + "\n       ".join(lines), file=sys.stderr)
+    complain(what, why, fix)
     if "--json" in args:
         error = {"code": code, "what": what, "why": why, "fix": fix}
         # Where the snapshot itself goes to stdout, so would these words.

@@ -1,73 +1,233 @@
-"""kvcli prefill: a document becomes a snapshot."""
+"""kvcli prefill: documents become snapshots, each its own or behind what a snapshot holds already."""
 
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import KvError, UsageError
 from . import streams
-from .ui import Ui, current, model_options, output_options, peak_memory, size
+from .ui import Ui, complain, current, model_options, output_options, peak_memory, size
 
 if TYPE_CHECKING:
+    from ..model.load import Model
     from ..snapshot import Snapshot
+    from ..storage import Reader
+
+NAME = "{name}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One document to be read."""
+
+    doc: str  # `-` for stdin
+    text: str
+    target: streams.Source
+    label: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all documents share: the model and, with --onto, the snapshot they are appended to."""
+
+    model: "Model"
+    reader: "Reader | None"
+
+    @property
+    def tokens(self) -> int:
+        """Where a document starts."""
+        return self.reader.meta.seq.next_pos if self.reader else 0
 
 
 @click.command("prefill", short_help="Read a document; keep the model's memory of it as one file.")
-@click.argument("doc", required=False, metavar="[DOC|-]")
+@click.argument("docs", nargs=-1, metavar="[DOC|-]...")
 @click.option(
-    "-o", "--output", metavar="FILE|-", help="Where the snapshot goes [stdout in a pipe, else DOC.kv.safetensors]."
+    "-o",
+    "--output",
+    metavar="FILE|-",
+    help="Where the snapshot goes [stdout in a pipe, else DOC.kv.safetensors]; {name} is filled in.",
 )
-@click.option("-f", "--force", is_flag=True, help="Overwrite an existing file.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")
 @click.option("--raw", is_flag=True, help="Read the text as it is, without the model's chat template.")
+@click.option("--onto", metavar="SNAP|-", help="Append the document to what this snapshot holds; its model is used.")
+@click.option(
+    "--probe", metavar="TEXT", help="A likely question, run behind the document: compress keeps what it asks."
+)
+@click.option("--truncate", is_flag=True, help="Cut a document that is too long, leaving room for question and answer.")
 @click.option("--chunk", type=click.IntRange(1), default=1024, show_default=True, help="Tokens read at a time.")
+@click.option("--trust-model", is_flag=True, help="With --onto, use a model with other weights; warn, don't refuse.")
 @model_options
 @output_options
-def command(doc: str | None, output: str | None, force: bool, raw: bool, chunk: int, **model: Any) -> None:
-    """Read a document once and keep the model's memory of it as one file.
+def command(docs: tuple[str, ...], output: str | None, force: bool, **options: Any) -> None:
+    """Read documents once and keep the model's memory of each as one file.
 
     \b
     Examples:
       kvcli prefill report.txt
+      kvcli prefill a.txt b.txt c.txt -o 'memory/{name}.kv.safetensors'
+      kvcli prefill appendix.txt --onto report.kv.safetensors -o both.kv.safetensors
       cat report.txt | kvcli prefill --raw -o report.kv.safetensors -
     """
-    ui = current()
-    text, stem = streams.read_text(doc)
-    target = streams.target(output, f"{stem}{streams.SUFFIX}", force)
-    snapshot, seconds = _read(ui, text, raw, chunk, model)
-    from ..storage import write_snapshot
-
-    facts = {
-        "file": streams.shown(target),
-        "model": snapshot.meta.model["id"],
-        "dtype": snapshot.meta.layout.dtype,
-        "tokens": snapshot.meta.seq.tokens,
-        "entries": sum(len(rows.k) for rows in snapshot.rows),
-        "kv_bytes": sum(rows.k.nbytes + rows.v.nbytes for rows in snapshot.rows),
-        "file_bytes": write_snapshot(snapshot, target, force=force),
-        "seconds": seconds,
-        "peak_memory": peak_memory(),
-    }
-    ui.say(
-        f"{streams.titled(target)}: {facts['tokens']:,} tokens, {size(facts['file_bytes'])}, "
-        f"read in {seconds:.1f} s ({facts['tokens'] / seconds:,.0f} tokens/s)"
-    )
-    ui.result("kvcli.prefill/1", facts, to_stderr=not isinstance(target, Path))
+    if not docs and not streams.is_piped(sys.stdin):
+        raise UsageError("no document given", fix="kvcli prefill DOC, or pipe text in")
+    ui, docs = current(), docs or ("-",)
+    _check(docs, output, options)
+    found: dict[str, Any] = {}
+    jobs = []
+    for i, (doc, derived) in enumerate(zip(docs, _derived(docs, output), strict=True), 1):
+        with _attempt(doc, len(docs), found):
+            text = _text(ui, doc)
+            label = doc if len(docs) == 1 else f"{doc}, {i} of {len(docs)}"
+            jobs.append(Job(doc, text, streams.target(output and derived, derived, force), label))
+    if jobs:
+        base = _base(ui, options)
+        for job in jobs:
+            with _attempt(job.doc, len(docs), found):
+                found[job.doc] = _prefill(ui, base, job, force, options)
+    piped = any(not isinstance(job.target, Path) for job in jobs)
+    ui.result("kvcli.prefill/1", {"rows": [found[doc] for doc in docs]}, to_stderr=piped)
+    if codes := [row["error"]["code"] for row in found.values() if "error" in row]:
+        raise click.exceptions.Exit(codes[0])
 
 
-def _read(ui: Ui, text: str, raw: bool, chunk: int, options: dict[str, Any]) -> "tuple[Snapshot, float]":
+def _check(docs: Sequence[str], output: str | None, options: dict[str, Any]) -> None:
+    if options["onto"] is not None:
+        if len(docs) > 1:
+            raise UsageError("--onto takes one document", "each would be appended on its own", "append them in turn")
+        if options["onto"] == "-" and docs[0] == "-":
+            raise UsageError("the document and the snapshot both want stdin", fix="name one of them")
+        if options["raw"]:
+            raise UsageError("--raw with --onto", "the snapshot says whether the chat template is used", "leave it out")
+    if options["probe"] is not None and not options["probe"].strip():
+        raise UsageError("--probe is empty", fix="give it a question that is likely to be asked")
+    if len(docs) > 1 and NAME not in (output or NAME):
+        raise UsageError("several documents cannot go to one output", fix="write {name} in it, or leave -o out")
+    if len(docs) > 1 and not output and streams.is_piped(sys.stdout):
+        raise UsageError("several documents cannot go down one pipe", fix="name the files: -o '{name}.kv.safetensors'")
+
+
+def _derived(docs: Sequence[str], output: str | None) -> list[str]:
+    """The names of the files; UsageError where two are the same."""
+    stems = ["stdin" if doc == "-" else streams.stem(doc) for doc in docs]
+    names = [(output or NAME + streams.SUFFIX).replace(NAME, stem) for stem in stems]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        which = " and ".join(doc for doc, name in zip(docs, names, strict=True) if name == twice)
+        raise UsageError(f"{which} would both become {twice}", fix="prefill them apart, each with its own -o")
+    return names
+
+
+def _text(ui: Ui, doc: str) -> str:
+    origin: streams.Source = sys.stdin.buffer if doc == "-" else Path(doc)
+    with streams.waiting(origin, ui, "a document"):
+        return streams.text_of(doc)
+
+
+@contextmanager
+def _attempt(doc: str, documents: int, found: dict[str, Any]) -> Iterator[None]:
+    """With several documents, say what is wrong with this one, and go on with the next."""
+    try:
+        yield
+    except KvError as error:
+        if documents == 1:
+            raise
+        complain(f"{doc}: {error.what}", error.why, error.fix)
+        facts = {"code": error.exit_code, "what": error.what, "why": error.why, "fix": error.fix}
+        found[doc] = {"document": doc, "error": facts}
+
+
+def _base(ui: Ui, options: dict[str, Any]) -> Base:
     with ui.phases() as phase:
         phase("loading torch and transformers")
         from ..model.load import load
-        from ..model.observe import prefill
-        from ..model.text import document_ids
 
-        model = load(options["model"], device=options["device"], dtype=options["dtype"] or "bfloat16", tick=phase)
-        chat = not raw and bool(model.tokenizer.chat_template)
-        ids, lead, tail = document_ids(model.tokenizer, text, chat)
+        if options["onto"] is None:
+            name, dtype = options["model"], options["dtype"] or "bfloat16"
+            return Base(load(name, device=options["device"], dtype=dtype, tick=phase), None)
+        from ..model.own import own_model
+        from ..storage import Reader
+
+        origin = streams.source(options["onto"], ui)
+        with streams.waiting(origin, ui):
+            reader = Reader(origin)
+        given = {name: options[name] for name in ("device", "dtype")}
+        trust = options["trust_model"]
+        model = own_model(reader.snapshot(), options["model"], **given, trust=trust, warn=ui.warn, tick=phase)
+        return Base(model, reader)
+
+
+def _prefill(ui: Ui, base: Base, job: Job, force: bool, options: dict[str, Any]) -> dict[str, Any]:
+    from ..storage import write_snapshot
+
     start = time.perf_counter()
-    with ui.progress("reading") as tick:
-        snapshot = prefill(model, ids, (lead, tail, chat), chunk=chunk, tick=tick)
-    if any(part.value_norm is None for part in snapshot.stats):
+    snapshot, cut = _read(ui, base, job, options)
+    seconds, tokens = time.perf_counter() - start, snapshot.meta.seq.tokens
+    facts = {
+        "document": job.doc,
+        "file": streams.shown(job.target),
+        "model": snapshot.meta.model["id"],
+        "dtype": snapshot.meta.layout.dtype,
+        "tokens": tokens,
+        "tokens_reused": base.reader.meta.seq.tokens if base.reader else 0,
+        "tokens_cut": cut,
+        "entries": sum(len(rows.k) for rows in snapshot.rows),
+        "kv_bytes": sum(rows.k.nbytes + rows.v.nbytes for rows in snapshot.rows),
+        "file_bytes": write_snapshot(snapshot, job.target, force=force),
+        "seconds": seconds,
+        "peak_memory": peak_memory(),
+    }
+    read = tokens - facts["tokens_reused"]
+    ui.say(
+        f"{streams.titled(job.target)}: {tokens:,} tokens, {size(facts['file_bytes'])}, "
+        f"read {f'{read:,} of them ' if base.reader else ''}in {seconds:.1f} s ({read / seconds:,.0f} tokens/s)"
+    )
+    return facts
+
+
+def _read(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> "tuple[Snapshot, int]":
+    """The snapshot and how many tokens were cut."""
+    from ..model.extend import aim, extend
+    from ..model.observe import prefill
+    from ..model.text import question_ids, readable
+
+    model, chunk = base.model, options["chunk"]
+    ids, seq, cut = _ids(ui, base, job, options)
+    with ui.progress(f"reading {job.label}") as tick:
+        if base.reader:
+            snapshot = extend(model, base.reader.snapshot(), ids, chunk=chunk, tick=tick)
+            base.reader.verify()
+        else:
+            snapshot = prefill(model, ids, seq, chunk=chunk, tick=tick)
+    if options["probe"] is not None:
+        question = question_ids(model.tokenizer, options["probe"], "", snapshot.meta.seq.tail)
+        snapshot = aim(model, snapshot, question)
+    if not base.reader and any(part.value_norm is None for part in snapshot.stats):
         ui.say("note: the output projection was not found, so the statistic value_norm is absent")
-    return snapshot, time.perf_counter() - start
+    if snapshot.meta.seq.next_pos > readable(model.config):
+        ui.say("note: little room is left in the model's context for a question and its answer; see --truncate")
+    return snapshot, cut
+
+
+def _ids(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> tuple[list[int], tuple[int, str, bool], int]:
+    from ..model.text import appended_ids, document_ids, lost, readable, truncate
+
+    tokenizer, lead, tail = base.model.tokenizer, 0, ""
+    chat = not options["raw"] and bool(tokenizer.chat_template)
+    if base.reader:
+        ids = appended_ids(tokenizer, job.text)
+    else:
+        ids, lead, tail = document_ids(tokenizer, job.text, chat)
+    if missing := lost(tokenizer, job.text, ids[lead:]):
+        ui.warn(f"{job.doc}: {missing}")
+    cut: list[int] = []
+    if options["truncate"]:
+        ids, cut = truncate(tokenizer, ids, readable(base.model.config) - base.tokens, lead)
+    if cut:
+        words = " ".join(tokenizer.decode(cut[:64]).split()[:8])
+        ui.warn(f"{job.doc}: cut to {len(ids):,} tokens, {len(cut):,} were left out from here on: {words}")
+    return ids, (lead, tail, chat), len(cut)

@@ -1,5 +1,6 @@
 """Where a command reads and writes: FILE or -, pipes, the newest snapshot, derived names. Imports no torch."""
 
+import codecs
 import os
 import re
 import stat
@@ -96,9 +97,9 @@ def titled(origin: Source) -> str:
 
 
 @contextmanager
-def waiting(origin: Source, ui: Ui) -> Iterator[None]:
+def waiting(origin: Source, ui: Ui, what: str = "a snapshot") -> Iterator[None]:
     """Say after one second that stdin is being waited for."""
-    timer = threading.Timer(1.0, lambda: ui.say("reading a snapshot from stdin"))
+    timer = threading.Timer(1.0, lambda: ui.say(f"reading {what} from stdin"))
     timer.daemon = True
     if not isinstance(origin, Path):
         timer.start()
@@ -108,25 +109,18 @@ def waiting(origin: Source, ui: Ui) -> Iterator[None]:
         timer.cancel()
 
 
-def read_text(doc: str | None) -> tuple[str, str]:
-    """A document's text and the name its snapshot starts with; DOC or `-`, else piped input.
-
-    Raises StorageError where it cannot be read, FormatError where it is not UTF-8, UsageError where there is none.
-    """
-    if doc is None and not is_piped(sys.stdin):
-        raise UsageError("no document given", fix="kvcli prefill DOC, or pipe text in")
-    origin = "-" if doc is None else doc
-    return text_of(origin), "stdin" if origin == "-" else stem(origin)
-
-
 def text_of(path: str) -> str:
-    """The UTF-8 text of a file, or of stdin for `-`; raises StorageError, FormatError."""
+    """The UTF-8 text of a file, or of stdin for `-`; raises StorageError, FormatError for what is no text."""
     name = "stdin" if path == "-" else path
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except OSError as cause:
         raise StorageError(f"cannot read {name}", str(cause.strerror)) from cause
     except UnicodeDecodeError as cause:
-        why = f"byte {cause.start} cannot be decoded"
+        marked = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        why = "it is UTF-16" if marked else f"byte {cause.start} cannot be decoded"
         raise FormatError(f"{name} is not UTF-8 text", why, "convert it first") from cause
+    if (zero := data.find(0)) >= 0:  # UTF-16 without its mark, or no text at all
+        raise FormatError(f"{name} is not UTF-8 text", f"byte {zero} is zero", "convert it first")
+    return text

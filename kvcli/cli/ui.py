@@ -108,6 +108,11 @@ def model_options(command: F) -> F:
     return command
 
 
+def complain(*lines: str) -> None:
+    """An error: what happened, why, and how to mend it, as far as there is something to say."""
+    print("kvcli: " + "\n       ".join(clean(line) for line in lines if line), file=sys.stderr)
+
+
 def clean(text: str) -> str:
     """Text safe for a terminal: control characters shown as escapes."""
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)

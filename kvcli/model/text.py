@@ -1,11 +1,13 @@
 """Text to token ids: template, document and question are each encoded once, on their own, and their ids joined."""
 
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
 from ..errors import InfeasibleError, UsageError
 
 SENTINEL = "kvcli0document0here"
+ROOM = 512  # tokens left for question and answer when a document is cut, an eighth of a small context at most
 
 
 def template(tokenizer: Any, chat: bool) -> tuple[str, str]:
@@ -34,12 +36,52 @@ def document_ids(tokenizer: Any, text: str, chat: bool) -> tuple[list[int], int,
 
     Raises UsageError for an empty document.
     """
-    text = text.rstrip()
-    if not text:
-        raise UsageError("the document is empty")
+    ids = appended_ids(tokenizer, text)
     head, tail = template(tokenizer, chat)
     lead = _parsed(tokenizer, head) if head else _opening(tokenizer)
-    return lead + _plain(tokenizer, text + "\n"), len(lead), tail
+    return lead + ids, len(lead), tail
+
+
+def appended_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a document alone, stripped at its right end and closed by a newline; raises UsageError if it is empty."""
+    text = text.rstrip()
+    if not text:
+        raise UsageError("the document is empty, or nothing but white space")
+    if ids := _plain(tokenizer, text + "\n"):
+        return ids
+    raise InfeasibleError("the model's tokenizer has no token for anything in the document")
+
+
+def lost(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
+    """What the tokenizer could not put into the document's `ids`, in words; empty when every character is there."""
+    unknown = tokenizer.unk_token_id
+    coded = ((char, _plain(tokenizer, char)) for char in sorted(set(text)) if not char.isspace())
+    missing = [char for char, own in coded if not own or unknown in own]
+    count = list(ids).count(unknown)
+    if not (missing or count):
+        return ""
+    which = f" ({' '.join(missing[:8])}{' ...' * (len(missing) > 8)})" if missing else ""
+    return f"the tokenizer has no token for some of the text{which}: {count} unknown tokens stand in its place"
+
+
+def truncate(tokenizer: Any, ids: Sequence[int], room: int, lead: int) -> tuple[list[int], list[int]]:
+    """The first of a document's ids, closed by a newline, and those cut off: at most `room` stay.
+
+    Raises InfeasibleError where that leaves nothing behind the `lead` tokens of the template.
+    """
+    if len(ids) <= room:
+        return list(ids), []
+    close = _plain(tokenizer, "\n")
+    kept = room - len(close)
+    if kept <= lead:
+        raise InfeasibleError("the model's context has no room left for the document")
+    return [*ids[:kept], *close], list(ids[kept:])
+
+
+def readable(config: Any) -> int:
+    """Tokens of a document that leave room for a question and its answer."""
+    length = context_length(config)
+    return length - min(ROOM, length // 8)
 
 
 def question_ids(tokenizer: Any, prompt: str, prefix: str, tail: str) -> list[int]:
@@ -93,7 +135,10 @@ def _parsed(tokenizer: Any, text: str) -> list[int]:
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
     """Text of a user, in which the names of special tokens are only text."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    except Exception as cause:  # tokenizers raises no narrower one; for halves of surrogate pairs a TypeError
+        raise InfeasibleError("the model's tokenizer cannot encode the text", f"{cause!s:.80}") from cause
     return ids
 
 
