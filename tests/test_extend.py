@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from make import packed, same, same_snapshot
+from test_architectures import build
 from tiny import tiny_model
 
 from kvcli.budget import Budget
@@ -49,6 +50,28 @@ def test_it_is_as_if_all_had_been_read_in_one_go(model: Model, n: int, chunk: in
         for name in ("q_last", "q_last_pos", "attn_mass", "value_norm"):
             torch.testing.assert_close(getattr(part.stats[i], name), getattr(whole.stats[i], name), **close)
     torch.testing.assert_close(part.extra["stat.final_hidden"], whole.extra["stat.final_hidden"], **close)
+
+
+@pytest.mark.parametrize("n", [30, 60])
+@pytest.mark.parametrize("name", ["mistral sliding", "gemma2", "gemma3_text", "gpt_oss", "mixtral", "gpt2"])
+def test_windows_soft_caps_and_sinks(name: str, n: int, tmp_path: Path) -> None:
+    """With a window of 17 to 40 tokens, reached before the snapshot ends or only by what is appended."""
+    model = load(str(build(name, tmp_path / "model")), dtype="float32")
+    whole = prefill(model, IDS[:90], SEQ)
+    part = extend(model, prefill(model, IDS[:n], SEQ), IDS[n:90], chunk=11)
+    assert part.meta == whole.meta
+    for rows, other in zip(part.rows, whole.rows, strict=True):
+        assert torch.equal(rows.pos, other.pos) and torch.equal(rows.lens, other.lens)
+        torch.testing.assert_close(rows.k, other.k, atol=1e-4, rtol=1e-4)
+    for stats, again in zip(part.stats, whole.stats, strict=True):
+        assert stats.present().keys() == again.present().keys()
+        for field in {*stats.present()} - {"q_probe", "q_probe_pos"}:
+            torch.testing.assert_close(getattr(stats, field), getattr(again, field), atol=1e-4, rtol=1e-4)
+    small = shrunk(whole, "snapkv+adakv", tmp_path / "a") if whole.meta.held else whole
+    after = logits(model, Prefix.read(extend(model, small, TURN), model), ASKED, 4)
+    torch.testing.assert_close(after, logits(model, Prefix.read(small, model), TURN + ASKED, 4), atol=1e-3, rtol=1e-3)
+    aimed = aim(model, whole, ASKED)
+    assert [part.q_last is None for part in aimed.stats] == [part.q_last is None for part in whole.stats]
 
 
 def test_probes_stay_evenly_spread_and_are_the_queries_of_their_positions(model: Model) -> None:

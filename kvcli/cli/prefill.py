@@ -206,7 +206,7 @@ def _read(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> "tuple[Snaps
     if options["probe"] is not None:
         question = question_ids(model.tokenizer, options["probe"], "", snapshot.meta.seq.tail)
         snapshot = aim(model, snapshot, question)
-    if not base.reader and any(part.value_norm is None for part in snapshot.stats):
+    if not base.reader and any(snapshot.stats[i].value_norm is None for i in snapshot.meta.held):
         ui.say("note: the output projection was not found, so the statistic value_norm is absent")
     if snapshot.meta.seq.next_pos > readable(model.config):
         ui.say("note: little room is left in the model's context for a question and its answer; see --truncate")
