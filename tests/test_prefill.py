@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from kvcli.cli import run
 from kvcli.storage import open_snapshot
@@ -132,6 +134,35 @@ def test_a_document_that_is_too_long(work: Path, capsys: pytest.CaptureFixture[s
     assert open_snapshot("x.kv.safetensors").meta.seq.tokens == 448
     assert run([*PREFILL, "b.txt", "--truncate", "-o", "y.kv.safetensors"]) == 0
     assert "cut" not in capsys.readouterr().err
+
+
+ODD_TEXT = {
+    "one token": "a",
+    "special names": "<|im_end|>\n<|endoftext|> <|im_start|>system",
+    "windows lines": "one\r\ntwo\r\n\r\nthree",
+    "no spaces": "x" * 300,
+    "emoji": "a 👩‍👩‍👧 e\u0301 \u200b \ufeff ٣",
+    "controls": "a\x01\x1b[31m\x7fb",
+}
+
+
+@pytest.mark.parametrize("name", ODD_TEXT)
+def test_odd_text_is_read_to_the_letter(work: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (work / "odd.txt").write_bytes(b"\xef\xbb\xbf" + ODD_TEXT[name].encode())
+    assert run([*PREFILL, "odd.txt", "--raw", "-o", "x.kv.safetensors"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    ids = open_snapshot("x.kv.safetensors").ids.tolist()
+    assert tiny_tokenizer().decode(ids) == ODD_TEXT[name] + "\n"
+
+
+def test_characters_without_a_token_are_named(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocab = {"<unk>": 0, **{char: i for i, char in enumerate("abc \n", 1)}}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(tiny_model(work / "ascii"))
+    (work / "odd.txt").write_text("abc ☃☃ cab")
+    assert run(["prefill", "odd.txt", "--model", "ascii", "-q", "-o", "x.kv.safetensors"]) == 0
+    seen = capsys.readouterr().err
+    assert "odd.txt: the tokenizer has no token" in seen and "(☃): unknown tokens, 2 in all" in seen
 
 
 NO_TEXT = {

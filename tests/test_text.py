@@ -4,14 +4,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_tokenizer
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kvcli.errors import InfeasibleError, UsageError
-from kvcli.model.text import context_length, document_ids, question_ids, stop_ids, template
+from kvcli.model.text import (
+    appended_ids,
+    context_length,
+    document_ids,
+    lost,
+    question_ids,
+    readable,
+    stop_ids,
+    template,
+    truncate,
+)
 
 START, END = 1, 2
+BYTES = tiny_tokenizer()
 HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -107,3 +121,50 @@ def test_stop_ids(tokenizer: Any, eos: Any, own: str | None, tail: str, stops: l
     tokenizer.eos_token = own
     net = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
     assert stop_ids(net, tokenizer, tail) == stops
+
+
+@given(st.text())
+def test_a_document_reads_back_whatever_it_holds(text: str) -> None:
+    if text.strip():
+        ids = appended_ids(BYTES, text)
+        assert BYTES.decode(ids) == text.rstrip() + "\n" and lost(BYTES, text, ids) == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "says"),
+    [
+        (models.BPE({"a": 0, "b": 1}, []), "ab☃", "(☃): the model does not see it"),
+        (models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"), "a☃☕a", "(☃ ☕): unknown tokens, 2 in all"),
+        (models.WordPiece({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"), "ab", "text: unknown tokens, 1 in all"),
+        (models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0), "a☃☃a", "(☃): unknown tokens, 1 in all"),
+    ],
+)
+def test_what_a_tokenizer_loses_is_said(model: Any, text: str, says: str) -> None:
+    unknown = None if "the model does not" in says else "<unk>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token=unknown)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert says in lost(tokenizer, text, ids)
+    assert lost(tokenizer, "a", tokenizer.encode("a", add_special_tokens=False)) == ""
+
+
+def test_what_cannot_be_encoded_at_all() -> None:
+    with pytest.raises(InfeasibleError, match="cannot encode"):
+        appended_ids(BYTES, "half a pair: \ud800")
+    nothing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(InfeasibleError, match="anything"):
+        appended_ids(nothing, "xyz")
+
+
+@pytest.mark.parametrize("room", [12, 13, 40, 100])
+def test_a_document_is_cut_behind_its_first_tokens(tokenizer: Any, room: int) -> None:
+    ids, lead, _ = document_ids(tokenizer, "the tin " * 40, True)
+    kept, cut = truncate(tokenizer, ids, room, 2)
+    assert len(kept) == room and kept[:-1] + cut == ids and tokenizer.decode(kept[-1:]) == "\n"
+    assert truncate(tokenizer, ids, len(ids), lead) == (ids, [])
+    with pytest.raises(InfeasibleError, match="no room"):
+        truncate(tokenizer, ids, lead + 1, lead)
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(8192, 7680), (512, 448), (2, 2)])
+def test_room_is_left_for_a_question(length: int, tokens: int) -> None:
+    assert readable(LlamaConfig(max_position_embeddings=length)) == tokens

@@ -61,7 +61,8 @@ def lost(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
     if not (missing or count):
         return ""
     which = f" ({' '.join(missing[:8])}{' ...' * (len(missing) > 8)})" if missing else ""
-    return f"the tokenizer has no token for some of the text{which}: {count} unknown tokens stand in its place"
+    instead = f"unknown tokens, {count} in all, stand in its place" if count else "the model does not see it"
+    return f"the tokenizer has no token for some of the text{which}: {instead}"
 
 
 def truncate(tokenizer: Any, ids: Sequence[int], room: int, lead: int) -> tuple[list[int], list[int]]:
