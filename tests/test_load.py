@@ -142,7 +142,7 @@ def test_hash_is_cached_until_a_file_changes(tmp_path: Path, monkeypatch: pytest
     file = folder / "model.safetensors"
     digest, times = weights_hash(folder), file.stat()
     with monkeypatch.context() as patch:
-        patch.setattr("kvcli.model.identity._hash", lambda weights: pytest.fail("hashed twice"))
+        patch.setattr("kvcli.model.weights._hash", lambda weights: pytest.fail("hashed twice"))
         assert weights_hash(folder) == digest
         assert find_by_weights(digest) == folder
     nudge(folder)

@@ -19,6 +19,7 @@ LEVELS = [
     {"storage", "metrics"},
     {"diff"},
     {"pipeline", "model", "tasks"},
+    {"api"},
     {"bench", "report"},
     {"cli"},
     {"__main__"},

@@ -39,11 +39,6 @@ class Base:
     model: "Model"
     reader: "Reader | None"
 
-    @property
-    def tokens(self) -> int:
-        """Where a document starts."""
-        return self.reader.meta.seq.next_pos if self.reader else 0
-
 
 @click.command("prefill", short_help="Read a document; keep the model's memory of it as one file.")
 @click.argument("docs", nargs=-1, metavar="[DOC|-]...")
@@ -142,30 +137,26 @@ def _attempt(doc: str, documents: int, found: dict[str, Any]) -> Iterator[None]:
 
 
 def _base(ui: Ui, options: dict[str, Any]) -> Base:
+    given = {name: options[name] for name in ("device", "dtype")}
     with ui.phases() as phase:
         phase("loading torch and transformers")
         from ..model.load import load
-
-        if options["onto"] is None:
-            name, dtype = options["model"], options["dtype"] or "bfloat16"
-            return Base(load(name, device=options["device"], dtype=dtype, tick=phase), None)
-        from ..model.own import own_model
+        from ..model.resume import model_for
         from ..storage import Reader
 
+        if options["onto"] is None:
+            return Base(load(options["model"], **{**given, "dtype": given["dtype"] or "bfloat16"}, tick=phase), None)
         origin = streams.source(options["onto"], ui)
         with streams.waiting(origin, ui):
             reader = Reader(origin)
-        given = {name: options[name] for name in ("device", "dtype")}
-        trust = options["trust_model"]
-        model = own_model(reader.snapshot(), options["model"], **given, trust=trust, warn=ui.warn, tick=phase)
-        return Base(model, reader)
+        return Base(model_for(reader.meta, options["model"], **given, tick=phase), reader)
 
 
 def _prefill(ui: Ui, base: Base, job: Job, force: bool, options: dict[str, Any]) -> dict[str, Any]:
     from ..storage import write_snapshot
 
     start = time.perf_counter()
-    snapshot, cut = _read(ui, base, job, options)
+    snapshot, told = _read(ui, base, job, options)
     seconds, tokens = time.perf_counter() - start, snapshot.meta.seq.tokens
     facts = {
         "document": job.doc,
@@ -174,12 +165,12 @@ def _prefill(ui: Ui, base: Base, job: Job, force: bool, options: dict[str, Any])
         "dtype": snapshot.meta.layout.dtype,
         "tokens": tokens,
         "tokens_reused": base.reader.meta.seq.tokens if base.reader else 0,
-        "tokens_cut": cut,
         "entries": sum(len(rows.k) for rows in snapshot.rows),
         "kv_bytes": sum(rows.k.nbytes + rows.v.nbytes for rows in snapshot.rows),
         "file_bytes": write_snapshot(snapshot, job.target, force=force),
         "seconds": seconds,
         "peak_memory": peak_memory(),
+        "warnings": told,
     }
     read = tokens - facts["tokens_reused"]
     ui.say(
@@ -189,45 +180,20 @@ def _prefill(ui: Ui, base: Base, job: Job, force: bool, options: dict[str, Any])
     return facts
 
 
-def _read(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> "tuple[Snapshot, int]":
-    """The snapshot and how many tokens were cut."""
-    from ..model.extend import aim, extend
-    from ..model.observe import prefill
-    from ..model.text import question_ids, readable
+def _read(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> "tuple[Snapshot, list[str]]":
+    """The snapshot and the warnings the user was given."""
+    from ..api import prefill
 
-    model, chunk = base.model, options["chunk"]
-    ids, seq, cut = _ids(ui, base, job, options)
+    told: list[str] = []
+
+    def warn(text: str) -> None:
+        ui.warn(f"{job.doc}: {text}")
+        told.append(text)
+
+    onto = base.reader.snapshot() if base.reader else None
+    how = {name: options[name] for name in ("raw", "probe", "truncate", "chunk")}
     with ui.progress(f"reading {job.label}") as tick:
-        if base.reader:
-            snapshot = extend(model, base.reader.snapshot(), ids, chunk=chunk, tick=tick)
-            base.reader.verify()
-        else:
-            snapshot = prefill(model, ids, seq, chunk=chunk, tick=tick)
-    if options["probe"] is not None:
-        question = question_ids(model.tokenizer, options["probe"], "", snapshot.meta.seq.tail)
-        snapshot = aim(model, snapshot, question)
-    if not base.reader and any(snapshot.stats[i].value_norm is None for i in snapshot.meta.held):
-        ui.say("note: the output projection was not found, so the statistic value_norm is absent")
-    if snapshot.meta.seq.next_pos > readable(model.config):
-        ui.say("note: little room is left in the model's context for a question and its answer; see --truncate")
-    return snapshot, cut
-
-
-def _ids(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> tuple[list[int], tuple[int, str, bool], int]:
-    from ..model.text import appended_ids, document_ids, lost, readable, truncate
-
-    tokenizer, lead, tail = base.model.tokenizer, 0, ""
-    chat = not options["raw"] and bool(tokenizer.chat_template)
+        snapshot = prefill(job.text, base.model, **how, onto=onto, trust=options["trust_model"], warn=warn, tick=tick)
     if base.reader:
-        ids = appended_ids(tokenizer, job.text)
-    else:
-        ids, lead, tail = document_ids(tokenizer, job.text, chat)
-    if missing := lost(tokenizer, job.text, ids[lead:]):
-        ui.warn(f"{job.doc}: {missing}")
-    cut: list[int] = []
-    if options["truncate"]:
-        ids, cut = truncate(tokenizer, ids, readable(base.model.config) - base.tokens, lead)
-    if cut:
-        words = " ".join(tokenizer.decode(cut[:64]).split()[:8])
-        ui.warn(f"{job.doc}: cut to {len(ids):,} tokens, {len(cut):,} were left out from here on: {words}")
-    return ids, (lead, tail, chat), len(cut)
+        base.reader.verify()
+    return snapshot, told

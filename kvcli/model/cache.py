@@ -145,16 +145,21 @@ def named(net: Any, cache: Cache) -> dict[str, Cache]:
     return {"cache" if "cache" in signature(type(net).forward).parameters else "past_key_values": cache}
 
 
-def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cache:
-    """A fresh cache on a shared prefix of `start` tokens, for the model's forward or generate.
-
-    Raises InfeasibleError if the model's attention is not ours: any other would ignore the prefix.
-    """
+def need_own_attention(net: PreTrainedModel) -> None:
+    """Raise InfeasibleError if the model's attention is not ours: any other would ignore what our caches hold."""
     if net.config._attn_implementation != NAME:
         raise InfeasibleError(
             f"the model's attention is {net.config._attn_implementation}, which cannot read a snapshot",
-            fix=f'load it with attn_implementation="{NAME}"',
+            fix=f'load it with attn_implementation="{NAME}", or net.set_attn_implementation("{NAME}")',
         )
+
+
+def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cache:
+    """A fresh cache on a shared prefix of `start` tokens, for the model's forward or generate.
+
+    Raises InfeasibleError if the model's attention is not ours.
+    """
+    need_own_attention(net)
     spans = windows(net.config.get_text_config())
     return Cache(layers=[Layer(rows, start, window=span) for rows, span in zip(prefix, spans, strict=True)])
 

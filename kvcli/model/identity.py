@@ -1,21 +1,19 @@
-"""Whose memory a snapshot is: hashes of weights, config and tokenizer, and the check before a resume."""
+"""Whose memory a snapshot is: hashes of config and tokenizer, the model's record, and the check before a resume."""
 
 import json
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
 from torch import Tensor
 
-from ..errors import MismatchError, StorageError
+from ..errors import MismatchError
 from ..layers import NAMES
 from ..meta import Json, Layout, Meta
-from .convert import recall, remember, stamps, weight_files
+from .convert import weight_files
+from .weights import weights_dtype, weights_hash
 
 if TYPE_CHECKING:
     from .load import Model
@@ -28,78 +26,10 @@ SHAPING = """
     layer_norm_epsilon norm_eps layer_types sliding_window attn_logit_softcapping query_pre_attn_scalar
     attention_multiplier embedding_multiplier residual_multiplier
 """
-BLOCK = 1 << 22  # bytes
 NEAR, NEAR_16_BIT = 1e-3, 0.1  # largest relative error of the probe
 
 Pair = tuple[Tensor, Tensor]
 Shape = tuple[int, int, int, int]  # L, Hq, H, D
-
-
-class _Weight(NamedTuple):
-    name: str
-    dtype: str
-    shape: list[int]
-    file: Path
-    start: int
-    size: int
-
-
-def weights_hash(folder: Path) -> str:
-    """XXH3-128 over name, dtype, shape and bytes of every weight, however they are spread over files.
-
-    Cached in `known.json` by size and times of the files. Raises StorageError for a file that cannot be read.
-    """
-    folder = folder.resolve()
-    if digest := recall(folder):
-        return digest
-    try:
-        before, digest = stamps(folder), _hash(_weights(folder))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as cause:
-        raise StorageError(f"cannot read the weights in {folder}", f"{type(cause).__name__}: {cause}") from cause
-    remember(folder, before, digest)
-    return digest
-
-
-def weights_dtype(folder: Path) -> str:
-    """The dtype most of the stored weights have, as safetensors names it."""
-    sizes: Counter[str] = Counter()
-    for weight in _weights(folder):
-        sizes[weight.dtype] += weight.size
-    return sizes.most_common(1)[0][0]
-
-
-def _weights(folder: Path) -> list[_Weight]:
-    found = []
-    for file in weight_files(folder):
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError(f"{file.name} is no safetensors file")
-            table = json.loads(handle.read(length))
-        for name, info in table.items():
-            if name != "__metadata__":
-                start, end = info["data_offsets"]
-                found.append(_Weight(name, info["dtype"], info["shape"], file, 8 + length + start, end - start))
-    if not found:
-        raise ValueError("there is no model.safetensors")
-    return sorted(found)
-
-
-def _hash(weights: list[_Weight]) -> str:
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
-    with ExitStack() as stack:
-        files = {file: stack.enter_context(file.open("rb", 0)) for file in {weight.file for weight in weights}}
-        for weight in weights:
-            digest.update(json.dumps(weight[:3]).encode())
-            files[weight.file].seek(weight.start)
-            left = weight.size
-            while left:
-                got = files[weight.file].readinto(buffer[: min(left, BLOCK)])
-                if not got:
-                    raise ValueError(f"{weight.file.name} is cut short")
-                digest.update(buffer[:got])
-                left -= got
-    return digest.hexdigest()
 
 
 def config_hash(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""Find and load a model: a folder, a hub id, or the default model."""
+"""Find and load a model: a folder, a hub id, or the default model; or take one that is loaded already."""
 
 import re
 from contextlib import suppress
@@ -14,15 +14,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
 )
 from transformers.utils import cached_file
 
 from ..errors import InfeasibleError, KvError, StorageError, UsageError
 from . import attend
-from .convert import DEFAULT, Tick, default_folder, find_by_weights, home, quiet
+from .convert import DEFAULT, Tick, default_folder, find_by_weights, home, quiet, weight_files
 from .identity import record, tokenizer_hash
+from .weights import holds
 
-__all__ = ["DEFAULT", "Model", "Tick", "find_by_weights", "home", "load"]
+__all__ = ["DEFAULT", "Model", "Tick", "find_by_weights", "home", "load", "wrap"]
 
 HUB = f"HuggingFaceTB/{DEFAULT}"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}
@@ -81,6 +83,28 @@ def load(
     net.generation_config = GenerationConfig(eos_token_id=net.generation_config.eos_token_id)
     net = net.to(target).eval().requires_grad_(False)
     return Model(net, tokenizer, folder, name, revision, target)
+
+
+def wrap(net: Any, tokenizer: Any = None) -> Model:
+    """A network that transformers has loaded already, with its own tokenizer unless another is given.
+
+    Raises UsageError for something else, InfeasibleError for models that are not supported, and for weights other than
+    those of the folder or hub id it came from: nobody could find the model of its snapshots again.
+    """
+    if not isinstance(net, PreTrainedModel):
+        raise UsageError(f"a {type(net).__name__} is no network of transformers", fix="give a folder or a hub id")
+    if net.training:
+        raise InfeasibleError("the network is in training mode", "it forgets some of what it reads", "net.eval()")
+    _refuse(net.config, attend.NAME)
+    source, name = _find(net.name_or_path or "a network without a name", lambda text: None)
+    folder = source if isinstance(source, Path) else _hub_folder(source)
+    adapted = getattr(net, "peft_config", None)
+    if folder is None or adapted or (weight_files(folder) and not holds(folder, net)):
+        fix = "save network and tokenizer with save_pretrained(FOLDER), and load FOLDER"
+        raise InfeasibleError(f"the network has other weights than {name}, which it came from", fix=fix)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    revision = "" if folder is source else folder.name
+    return Model(net, tokenizer, folder, name, revision, net.device)
 
 
 def _device(text: str) -> torch.device:

@@ -15,7 +15,7 @@ from ..layers import NAMES
 from ..meta import Json, Layout, Meta, Seq
 from ..snapshot import Rows, Snapshot, Stats
 from .attend import Law
-from .cache import Layer, named, windows
+from .cache import Layer, named, need_own_attention, windows
 from .load import Model
 from .rope import frequencies
 from .text import context_length, too_long
@@ -205,6 +205,7 @@ def read(
 ) -> Tensor:  # -> [M, d] hidden states of the last chunk after the final norm
     """Run these ids through the model behind what the layers hold; KvError where what it computes is not finite."""
     cache, net = Cache(layers=list(layers)), model.net
+    need_own_attention(net)
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk].long()[None].to(net.device)
         out = net.base_model(input_ids=part, use_cache=True, **named(net.base_model, cache))

@@ -37,9 +37,14 @@ def document_ids(tokenizer: Any, text: str, chat: bool) -> tuple[list[int], int,
     Raises UsageError for an empty document.
     """
     ids = appended_ids(tokenizer, text)
-    head, tail = template(tokenizer, chat)
-    lead = _parsed(tokenizer, head) if head else _opening(tokenizer)
+    lead, tail = opening_ids(tokenizer, chat)
     return lead + ids, len(lead), tail
+
+
+def opening_ids(tokenizer: Any, chat: bool) -> tuple[list[int], str]:
+    """Ids before the document, and the text that closes a question."""
+    head, tail = template(tokenizer, chat)
+    return _parsed(tokenizer, head) if head else _opening(tokenizer), tail
 
 
 def appended_ids(tokenizer: Any, text: str) -> list[int]:

@@ -1,0 +1,241 @@
+"""The Python interface: snapshots made, opened, compressed, saved, and handed to transformers as caches."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import snapshot
+from .budget import Budget
+from .errors import UsageError
+from .model import text as texts
+from .model.adopt import adopt
+from .model.attend import NAME as ATTENTION
+from .model.cache import make_cache, named, place
+from .model.extend import aim, extend
+from .model.load import Model, wrap
+from .model.load import load as load_model
+from .model.observe import prefill as read_document
+from .model.own import check_model
+from .pipeline import carry_out, make_plans
+from .recipe import Recipe
+from .snapshot import Rows
+from .spool import open_output
+from .storage import Reader, write_snapshot
+
+__all__ = ["ATTENTION", "Model", "Snapshot", "compress", "from_cache", "load", "open", "prefill"]
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+Warn = Callable[[str], None]
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Snapshot(snapshot.Snapshot):
+    """What a model remembers of a document: `meta`, `ids`, and for each layer `rows` and `stats`."""
+
+    file: Reader | None = field(default=None, init=False, repr=False, compare=False)  # what holds exactly this
+
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> int:
+        """Write it to a file, which appears when it is whole; returns its bytes.
+
+        What was opened or compressed is written bit for bit as it is. Raises StorageError where it cannot be written,
+        and for a file that exists unless `force`.
+        """
+        if self.file is None:
+            return write_snapshot(self, Path(path), force=force)
+        header = self.file.header
+        with open_output(Path(path), header.size, force) as write:
+            write(header.raw)
+            for entry in header.entries:
+                write(self.file.tensor(entry.name).flatten().view(torch.uint8).numpy().data)
+        return header.size
+
+    def cache(self, model: Model, *, trust: bool = False) -> Any:
+        """A fresh transformers cache for the model's forward or generate; all of them share what the snapshot holds.
+
+        Pass it with the new ids alone and a mask of ones for all tokens, as `inputs` does. Raises MismatchError unless
+        the model is the one that made the snapshot (`trust` turns that into a warning), InfeasibleError if its
+        attention is not ours.
+        """
+        _need_model(model)
+        check_model(self, model, trust=trust, warn=_warn)
+        where = model.device, model.net.dtype
+        if where not in self._placed:
+            self._placed[where] = [place(self.rows[i], *where) for i in range(len(self.rows))]
+        return make_cache(model.net, self._placed[where], self.meta.seq.next_pos)
+
+    def inputs(self, model: Model, question: str, prefix: str = "", *, trust: bool = False) -> dict[str, Any]:
+        """What `model.net.generate` needs to answer a question: its ids, their mask, and a cache.
+
+        prefix: the words the answer is to start with.
+        """
+        cache = self.cache(model, trust=trust)
+        ids = texts.question_ids(model.tokenizer, question, prefix, self.meta.seq.tail)
+        mask = torch.ones(1, self.meta.seq.next_pos + len(ids), dtype=torch.long, device=model.device)
+        tokens = torch.tensor([ids], device=model.device)
+        return {"input_ids": tokens, "attention_mask": mask, **named(model.net, cache)}
+
+    @cached_property
+    def _placed(self) -> dict[tuple[torch.device, torch.dtype], list[Rows]]:
+        return {}
+
+
+def open(path: str | PathLike[str]) -> Snapshot:
+    """The snapshot in a file; layers are read, and verified, when they are asked for.
+
+    Raises StorageError where it cannot be read, FormatError where it is not a whole snapshot.
+    """
+    return _in_file(Reader(Path(path)))
+
+
+def load(model: Any = None, tokenizer: Any = None, *, device: str = "auto", dtype: str = "bfloat16") -> Model:
+    """A model by its folder or hub id, by default the default model; or a network that transformers has loaded.
+
+    Such a network brings its own tokenizer unless one is given, and needs the attention `kvcli.ATTENTION`.
+    """
+    if model is None or isinstance(model, str | PathLike):
+        return load_model(None if model is None else str(model), device=device, dtype=dtype)
+    return wrap(model, tokenizer)
+
+
+def prefill(
+    document: str | Sequence[int] | Tensor,
+    model: Model,
+    *,
+    raw: bool = False,
+    onto: snapshot.Snapshot | None = None,
+    probe: str | None = None,
+    truncate: bool = False,
+    trust: bool = False,
+    chunk: int = 1024,
+    warn: Warn = _warn,
+    tick: Tick = lambda done, total: None,
+) -> Snapshot:
+    """Read a document, text or ids, and keep the model's memory of it.
+
+    raw: leave out the model's chat template; ids are always read as they are.
+    onto: append the document to what this snapshot holds; `trust` takes a model with other weights.
+    probe: a likely question, run behind the document and left out again; compressing keeps what it asks for.
+    truncate: cut a document that is too long, leaving room for a question and its answer.
+    warn: is told what of the document the model does not see.
+    """
+    _need_model(model)
+    start = onto.meta.seq.next_pos if onto else 0
+    ids, seq = _encoded(document, model, raw, onto is not None, warn)
+    if truncate:
+        ids = _cut(ids, model, texts.readable(model.config) - start, seq[0], warn)
+    if onto:
+        check_model(onto, model, trust=trust, warn=warn)
+        found = extend(model, onto, ids, chunk=chunk, tick=tick)
+    else:
+        found = read_document(model, ids, seq, chunk=chunk, tick=tick)
+    if probe is not None:
+        found = aim(model, found, texts.question_ids(model.tokenizer, probe, "", found.meta.seq.tail))
+    if any(found.stats[i].value_norm is None for i in found.meta.held) and not onto:
+        warn("the output projection was not found, so the statistic value_norm is absent")
+    if found.meta.seq.next_pos > texts.readable(model.config):
+        warn("little room is left in the model's context for a question and its answer")
+    return _in_memory(found)
+
+
+def compress(
+    snapshot: snapshot.Snapshot,
+    method: str,
+    budget: str | int | float | None = None,
+    *,
+    seed: int = 0,
+    keep_stats: bool = False,
+) -> Snapshot:
+    """A smaller snapshot by a recipe such as "snapkv+adakv" and a budget such as "35%", 0.35, 512 or "64MiB".
+
+    It is written to a temporary file without a name and read back from there: what you get is what `save` writes.
+    Raises UsageError, InfeasibleError.
+    """
+    recipe = Recipe.parse(method)
+    if (recipe.score is None) != (budget is None):
+        raise UsageError(f"{recipe} {'takes no' if budget is not None else 'needs a'} budget")
+    budgets = [None if budget is None else Budget.parse(str(budget))]
+    file = getattr(snapshot, "file", None)
+    parent = file.digest if file else ""
+    plans = make_plans(snapshot, recipe, budgets, seed=seed, parent=parent, keep_stats=keep_stats)
+    with TemporaryFile() as copy:
+        carry_out(snapshot, plans, [copy])
+        return _in_file(Reader(copy))
+
+
+def from_cache(cache: Any, ids: Sequence[int] | Tensor, model: Model, *, chat: bool = False) -> Snapshot:
+    """The snapshot of a transformers DynamicCache that holds exactly these ids.
+
+    chat: the ids begin as the model's chat template does; questions are then closed as it closes them.
+    The last 64 tokens are run again, which gives `q_last` and shows that cache, ids and model belong together;
+    `attn_mass`, `value_norm` and `q_probe` are absent. Raises UsageError, InfeasibleError, MismatchError.
+    """
+    _need_model(model)
+    given, (lead, tail) = _listed(ids), texts.opening_ids(model.tokenizer, chat)
+    if not chat:
+        return _in_memory(adopt(cache, given, model))
+    if given[: len(lead)] != lead:
+        raise UsageError("the ids do not begin as the model's chat template does", fix="leave chat=True out")
+    return _in_memory(adopt(cache, given, model, (len(lead), tail, True)))
+
+
+def _encoded(
+    document: str | Sequence[int] | Tensor, model: Model, raw: bool, appended: bool, warn: Warn
+) -> tuple[list[int], tuple[int, str, bool]]:
+    if not isinstance(document, str):
+        return _listed(document), (0, "\n", False)
+    tokenizer, lead, tail = model.tokenizer, 0, "\n"
+    chat = not raw and bool(tokenizer.chat_template)
+    if appended:
+        ids = texts.appended_ids(tokenizer, document)
+    else:
+        ids, lead, tail = texts.document_ids(tokenizer, document, chat)
+    if missing := texts.lost(tokenizer, document, ids[lead:]):
+        warn(missing)
+    return ids, (lead, tail, chat)
+
+
+def _cut(ids: list[int], model: Model, room: int, lead: int, warn: Warn) -> list[int]:
+    kept, cut = texts.truncate(model.tokenizer, ids, room, lead)
+    if cut:
+        words = " ".join(model.tokenizer.decode(cut[:64]).split()[:8])
+        warn(f"cut to {len(kept):,} tokens, {len(cut):,} were left out from here on: {words}")
+    return kept
+
+
+def _listed(ids: Sequence[int] | Tensor) -> list[int]:
+    """Ids as a list; a batch of one is taken for its sequence."""
+    tokens = torch.as_tensor(ids).long()
+    if tokens.dim() == 2 and len(tokens) == 1:
+        tokens = tokens[0]
+    if tokens.dim() != 1 or not len(tokens):
+        raise UsageError(f"ids of the shape {tuple(tokens.shape)} are not one sequence")
+    return [int(token) for token in tokens]
+
+
+def _in_file(reader: Reader) -> Snapshot:
+    found = _in_memory(reader.snapshot())
+    object.__setattr__(found, "file", reader)  # what `replace` makes of it is not in the file, hence no argument
+    return found
+
+
+def _in_memory(found: snapshot.Snapshot) -> Snapshot:
+    return Snapshot(found.meta, found.ids, found.rows, found.stats, found.extra)
+
+
+def _need_model(model: Any) -> None:
+    if not isinstance(model, Model):
+        fix = "kvcli.load(network, tokenizer) makes one of it"
+        raise UsageError(f"a {type(model).__name__} is no model of kvcli", "its tokenizer belongs to it too", fix)
