@@ -18,15 +18,15 @@ from .errors import UsageError
 from .model import text as texts
 from .model.adopt import adopt
 from .model.attend import NAME as ATTENTION
-from .model.cache import make_cache, named, place
+from .model.cache import make_cache, named
 from .model.extend import aim, extend
 from .model.load import Model, wrap
 from .model.load import load as load_model
 from .model.observe import prefill as read_document
 from .model.own import check_model
+from .model.resume import Prefix
 from .pipeline import carry_out, make_plans
 from .recipe import Recipe
-from .snapshot import Rows
 from .spool import open_output
 from .storage import Reader, write_snapshot
 
@@ -73,8 +73,8 @@ class Snapshot(snapshot.Snapshot):
         check_model(self, model, trust=trust, warn=_warn)
         where = model.device, model.net.dtype
         if where not in self._placed:
-            self._placed[where] = [place(self.rows[i], *where) for i in range(len(self.rows))]
-        return make_cache(model.net, self._placed[where], self.meta.seq.next_pos)
+            self._placed[where] = Prefix.read(self, model)
+        return make_cache(model.net, self._placed[where].rows, self.meta.seq.next_pos)
 
     def inputs(self, model: Model, question: str, prefix: str = "", *, trust: bool = False) -> dict[str, Any]:
         """What `model.net.generate` needs to answer a question: its ids, their mask, and a cache.
@@ -88,7 +88,7 @@ class Snapshot(snapshot.Snapshot):
         return {"input_ids": tokens, "attention_mask": mask, **named(model.net, cache)}
 
     @cached_property
-    def _placed(self) -> dict[tuple[torch.device, torch.dtype], list[Rows]]:
+    def _placed(self) -> dict[tuple[torch.device, torch.dtype], Prefix]:
         return {}
 
 

@@ -45,8 +45,7 @@ def network(folder: Path, attention: str = kvcli.ATTENTION, **options: Any) -> A
 
 def filled(net: Any, ids: list[int]) -> DynamicCache:
     cache = DynamicCache(config=net.config)
-    with torch.no_grad():
-        net(torch.tensor([ids]), use_cache=True, **named(net, cache))
+    net(torch.tensor([ids]), use_cache=True, **named(net, cache))  # with gradients, as the careless do
     return cache
 
 
@@ -176,6 +175,7 @@ def test_a_cache_that_transformers_made(folder: Path, model: Model, count: int, 
     snapshot = kvcli.from_cache(filled(net, ids), torch.tensor([ids]), model)
     whole = kvcli.prefill(ids, model)
     assert snapshot.meta == whole.meta and torch.equal(snapshot.ids, whole.ids)
+    assert not snapshot.rows[0].k.requires_grad
     for i in range(2):
         torch.testing.assert_close(snapshot.rows[i].k, whole.rows[i].k, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(snapshot.stats[i].q_last, whole.stats[i].q_last, atol=1e-5, rtol=1e-4)

@@ -55,7 +55,7 @@ def _pair(i: int, layer: Any, tokens: int, model: Model) -> Pair:
         raise UsageError(f"layer {i} of the cache holds {k.shape[2]} tokens, there are {tokens} ids", why)
     if k.dtype != model.net.dtype:
         raise InfeasibleError(f"the cache is {k.dtype}, the model computes in {model.net.dtype}")
-    return k[0].cpu(), v[0].cpu()
+    return k[0].detach().cpu(), v[0].detach().cpu()
 
 
 def _rows(k: Tensor, v: Tensor) -> Rows:  # [H, N, D], [H, N, Dv]
