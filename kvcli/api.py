@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from . import snapshot
-from .budget import Budget
 from .errors import UsageError
 from .model import text as texts
 from .model.adopt import adopt
@@ -164,9 +163,7 @@ def compress(
     Raises UsageError, InfeasibleError.
     """
     recipe = Recipe.parse(method)
-    if (recipe.score is None) != (budget is None):
-        raise UsageError(f"{recipe} {'takes no' if budget is not None else 'needs a'} budget")
-    budgets = [None if budget is None else Budget.parse(str(budget))]
+    budgets = recipe.budgets([] if budget is None else [str(budget)])
     file = getattr(snapshot, "file", None)
     parent = file.digest if file else ""
     plans = make_plans(snapshot, recipe, budgets, seed=seed, parent=parent, keep_stats=keep_stats)

@@ -46,7 +46,9 @@ def extend(
     end = meta.seq.next_pos + len(tokens)
     seq = replace(meta.seq, tokens=len(every), next_pos=end, ids_hash=ids_hash(every))
     kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
-    meta = replace(meta, seq=seq, layout=replace(meta.layout, kinds=kinds), encode="raw", rope=rope_of(model, every, layers))
+    meta = replace(
+        meta, seq=seq, layout=replace(meta.layout, kinds=kinds), encode="raw", rope=rope_of(model, every, layers)
+    )
     extra = {name: part for name, part in snapshot.extra.items() if not re.fullmatch(r"report|L[0-9]+\..*", name)}
     final = hidden[-1].cpu()
     return Snapshot(meta, every, rows, [layer.stats() for layer in layers], {**extra, "stat.final_hidden": final})
