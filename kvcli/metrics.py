@@ -56,6 +56,11 @@ def top1(logits: Tensor, other: Tensor) -> Tensor:  # [M, V], [M, V] -> [M] bool
     return logits.argmax(-1) == other.argmax(-1)
 
 
+def nll(logits: Tensor, ids: Tensor) -> Tensor:  # [M, V], [M] -> [M] float32
+    """Negative log-likelihood in nats of the tokens that came next."""
+    return -logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+
 def median_p95(error: Tensor) -> tuple[float, float]:
     """Median and 95th percentile of all numbers given."""
     median, tail = torch.quantile(error.flatten().float(), torch.tensor([0.5, 0.95])).tolist()

@@ -1,0 +1,122 @@
+"""Asking a snapshot that is in memory: answers to stdout as they are made, and the facts about each and about all."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .ui import Ui, clean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model.load import Model
+    from ..model.resume import Answer, Prefix, Sampling
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A model with a snapshot in its memory, ready to be asked."""
+
+    ui: Ui
+    model: "Model"
+    prefix: "Prefix"
+    full: "Prefix | None"  # what to compare with
+    sampling: "Sampling"
+    jsonl: bool
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question as it was given, its ids, and what was said; `compared` holds `kl` and `top1` of each token."""
+
+    row: Facts
+    ids: list[int]
+    said: "Answer"
+    compared: "Mapping[str, Tensor]"
+
+    def facts(self) -> Facts:
+        """As --json and --jsonl show it."""
+        from ..tasks.needle import hit
+
+        facts = {
+            "prompt": self.row["prompt"],
+            "prefix": self.row["prefix"],
+            "text": self.said.text,
+            "computed": self.said.computed,
+            "generated": len(self.said.ids),
+            "finish": self.said.finish,
+            "first_token_seconds": self.said.first_seconds,
+            "tokens_per_second": self.said.tokens_per_second,
+        }
+        if "answer" in self.row:
+            facts["hit"] = hit(self.said.text, self.row["answer"])
+        return facts | measured(self.compared)
+
+
+def ask(talk: Talk, row: Facts) -> Turn:
+    """Answer one question, streaming to stdout."""
+    from ..model.resume import answer, compare, question
+
+    ids = question(talk.model, talk.prefix, row["prompt"], row["prefix"])
+    told = talk.jsonl or talk.ui.as_json
+    said = answer(talk.model, talk.prefix, ids, talk.sampling, *([] if told else [_stream(row["prefix"])]))
+    if not told:
+        print(flush=True)
+    compared = {}
+    if talk.full is not None:
+        compared = dict(
+            zip(("kl", "top1"), compare(talk.model, talk.prefix, talk.full, ids, talk.sampling.n), strict=True)
+        )
+    turn = Turn(row, ids, said, compared)
+    if talk.jsonl:
+        print(json.dumps(turn.facts()), flush=True)
+    return turn
+
+
+def _stream(prefix: str) -> Callable[[str], None]:
+    """Show how the answer starts, and return what shows the rest."""
+    shown = clean if sys.stdout.isatty() else str
+    print(shown(prefix), end="", flush=True)
+    return lambda text: print(shown(text), end="", flush=True)
+
+
+def total(turns: Sequence[Turn]) -> Facts:
+    """The facts of each answer and of all together."""
+    import torch
+
+    answers = [turn.facts() for turn in turns]
+    facts: Facts = {"tokens_computed": sum(row["computed"] for row in answers), "answers": answers}
+    if marked := [row["hit"] for row in answers if "hit" in row]:
+        facts |= {"hits": sum(marked), "asked": len(marked)}
+    names = turns[0].compared if turns else ()
+    return facts | measured({name: torch.cat([turn.compared[name] for turn in turns]) for name in names})
+
+
+def judge(talk: Talk, text: str) -> Facts:
+    """How expected a text is as the continuation of the document."""
+    from ..model.resume import expected
+    from ..model.text import question_ids
+
+    ids = question_ids(talk.model.tokenizer, text, "", "")
+    found = expected(talk.model, talk.prefix, talk.full, ids, len(ids))
+    return {"tokens_computed": len(ids) - 1, "answers": [], "continuation": {"tokens": len(ids), **measured(found)}}
+
+
+def measured(found: "Mapping[str, Tensor]") -> Facts:
+    """Over all tokens: the mean of `nll` and its perplexity, mean and 95th percentile of `kl`, the share of `top1`."""
+    from ..metrics import median_p95
+
+    facts: Facts = {}
+    for name, values in found.items():
+        mean = values.double().mean()
+        if name == "kl":
+            facts |= {"kl_mean": float(mean), "kl_p95": median_p95(values)[1]}
+        else:
+            facts[name] = float(mean)
+        if name.startswith("nll"):
+            facts[name.replace("nll", "perplexity")] = float(mean.exp())
+    return facts

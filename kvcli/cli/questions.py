@@ -1,0 +1,75 @@
+"""What is asked of a snapshot: prompts, files of questions, a text to continue with, and which options go together."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import FormatError, UsageError
+from . import streams
+
+ALONE = {"prefix": "--prefix", "stop": "--stop", "jsonl": "--jsonl"}  # nothing to a continuation
+
+
+def check_options(file: str | None, options: Mapping[str, Any], as_json: bool) -> None:
+    """Raise UsageError for options that exclude each other, or that mean nothing."""
+    asked = [name for name in ("prompt", "questions", "continuation") if options[name] not in (None, ())]
+    if len(asked) != 1:
+        kinds = "--prompt TEXT, --questions FILE.jsonl or --continuation FILE"
+        raise UsageError(f"ask something: {kinds}, one of them")
+    lone = [option for name, option in ALONE.items() if options[name]]
+    if asked == ["continuation"] and lone:
+        raise UsageError(f"{', '.join(lone)} is about answers, and --continuation gives none", fix="leave it out")
+    if as_json and options["jsonl"]:
+        raise UsageError("--json is one object, --jsonl one a line", fix="give one of them")
+    if "" in options["stop"]:
+        raise UsageError("--stop needs a text", "an empty one stands everywhere", "leave it out")
+    if not (math.isfinite(options["temperature"]) and math.isfinite(options["top_p"])):
+        raise UsageError("--temperature and --top-p are finite numbers")
+    readers = [*options["prompt"], options["questions"], options["continuation"]].count("-")
+    if readers > 1 or (readers and (file == "-" or (file is None and streams.is_piped(sys.stdin)))):
+        raise UsageError("stdin is wanted twice", "a snapshot, prompt or file is to come from it", "name the FILE")
+
+
+def questions(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The questions in order, each with its prompt and prefix; none for a continuation.
+
+    Raises StorageError or FormatError for a file that cannot be used.
+    """
+    if options["questions"] is not None:
+        rows = _read(options["questions"])
+    else:
+        rows = [{"prompt": streams.text_of("-").strip() if text == "-" else text} for text in options["prompt"]]
+    return [{"prefix": options["prefix"], **row} for row in rows]
+
+
+def continuation(path: str) -> str:
+    """The text of a file, as it is; UsageError for an empty one."""
+    text = streams.text_of(path)
+    if not text:
+        raise UsageError(f"--continuation {path}: the file is empty")
+    return text
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(streams.text_of(path).split("\n"), 1):
+        if line.strip():
+            rows.append(_question(line, f"{path}:{number}"))
+    if not rows:
+        raise FormatError(f"{path} holds no questions")
+    return rows
+
+
+def _question(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("prefix", ""), str)
+    answers = row.get("answer", "") if good else None
+    answers = answers if isinstance(answers, list) else [answers]
+    if not good or not answers or not all(isinstance(one, str) for one in answers):
+        raise FormatError(f"{where} is not a question", fix='write {"prompt": "...", "answer": "..."} a line')
+    return dict(row)
