@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model, tiny_tokenizer
-from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+)
 
 from kvcli.errors import FormatError, InfeasibleError, KvError
 from kvcli.metrics import nll
@@ -62,9 +70,10 @@ def test_an_empty_prompt_in_a_chat_still_closes_the_turn(model: Model) -> None:
     [
         (CohereForCausalLM, CohereConfig, {"logit_scale": 0.3}),
         (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0}),
+        (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 0.1, "head_dim": 8}),
     ],
 )
-def test_the_head_of_models_that_scale_their_logits(kind: Any, config: Any, odd: dict[str, float]) -> None:
+def test_the_head_of_models_that_scale_or_cap_their_logits(kind: Any, config: Any, odd: dict[str, float]) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}

@@ -11,7 +11,7 @@ from ..errors import FormatError, InfeasibleError, KvError
 from ..snapshot import Rows, Snapshot
 from .cache import make_cache, named, place
 from .load import Model
-from .text import context_length
+from .text import context_length, too_long
 
 CHUNK = 128  # rows of logits at once: float32 of a vocabulary of 150,000 is 77 MB
 HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # what configs call the factors of their logits
@@ -41,14 +41,10 @@ class Prefix:
 
 def check_room(model: Model, prefix: Prefix, asked: int, n: int = 0) -> None:
     """Raise InfeasibleError if the model's context ends before `asked` tokens are run and `n` generated."""
-    length = context_length(model.config)
-    if prefix.tokens + asked + n > length:
+    if prefix.tokens + asked + n > context_length(model.config):
         more = f"{asked:,} tokens and an answer of {n:,}" if n else f"{asked:,} tokens"
-        raise InfeasibleError(
-            f"no room for {more} behind the {prefix.tokens:,} that are read",
-            f"the model attends to {length:,}",
-            "ask for fewer with -n, or ask less" if n else "shorten the text",
-        )
+        fix = "ask for fewer with -n, or ask less" if n else "shorten the text"
+        raise too_long(model.config, f"no room for {more} behind the {prefix.tokens:,} that are read", fix)
 
 
 @torch.inference_mode()
