@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .streams import Source, shown
 from .ui import Ui, clean
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..model.load import Model
     from ..model.resume import Answer, Prefix, Sampling
+    from ..snapshot import Snapshot
 
 Facts = dict[str, Any]
 
@@ -27,6 +29,7 @@ class Talk:
     full: "Prefix | None"  # what to compare with
     sampling: "Sampling"
     jsonl: bool
+    saves: bool
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,12 @@ class Turn:
 
 def ask(talk: Talk, row: Facts) -> Turn:
     """Answer one question, streaming to stdout."""
-    from ..model.resume import answer, compare, question
+    from ..model.resume import answer, check_room, closing, compare, question
 
     ids = question(talk.model, talk.prefix, row["prompt"], row["prefix"])
+    if talk.saves:
+        close = closing(talk.model, talk.prefix, row["prompt"])
+        check_room(talk.model, talk.prefix, len(ids) + len(close), talk.sampling.n)
     told = talk.jsonl or talk.ui.as_json
     said = answer(talk.model, talk.prefix, ids, talk.sampling, *([] if told else [_stream(row["prefix"])]))
     if not told:
@@ -77,11 +83,23 @@ def ask(talk: Talk, row: Facts) -> Turn:
     return turn
 
 
+def save(talk: Talk, snapshot: "Snapshot", turn: Turn, target: Source, force: bool) -> Facts:
+    """Write the snapshot with the whole turn read behind it."""
+    from ..model.extend import extend
+    from ..model.resume import turn as turn_ids
+    from ..storage import write_snapshot
+
+    ids = turn_ids(talk.model, talk.prefix, turn.row["prompt"], turn.ids, turn.said)
+    grown = extend(talk.model, snapshot, ids)
+    size = write_snapshot(grown, target, force=force)
+    return {"file": shown(target), "tokens": grown.meta.seq.tokens, "added": len(ids), "file_bytes": size}
+
+
 def _stream(prefix: str) -> Callable[[str], None]:
     """Show how the answer starts, and return what shows the rest."""
-    shown = clean if sys.stdout.isatty() else str
-    print(shown(prefix), end="", flush=True)
-    return lambda text: print(shown(text), end="", flush=True)
+    safe = clean if sys.stdout.isatty() else str
+    print(safe(prefix), end="", flush=True)
+    return lambda text: print(safe(text), end="", flush=True)
 
 
 def total(turns: Sequence[Turn]) -> Facts:

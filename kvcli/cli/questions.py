@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import FormatError, UsageError
 from . import streams
 
-ALONE = {"prefix": "--prefix", "stop": "--stop", "jsonl": "--jsonl"}  # nothing to a continuation
+ALONE = {"prefix": "--prefix", "stop": "--stop", "save": "--save", "jsonl": "--jsonl"}  # nothing to a continuation
 
 
 def check_options(file: str | None, options: Mapping[str, Any], as_json: bool) -> None:
@@ -25,6 +25,8 @@ def check_options(file: str | None, options: Mapping[str, Any], as_json: bool) -
         raise UsageError("--json is one object, --jsonl one a line", fix="give one of them")
     if "" in options["stop"]:
         raise UsageError("--stop needs a text", "an empty one stands everywhere", "leave it out")
+    if options["save"] in ("", "-"):
+        raise UsageError("--save needs a FILE", "on stdout the snapshot would mix with the answer")
     if not (math.isfinite(options["temperature"]) and math.isfinite(options["top_p"])):
         raise UsageError("--temperature and --top-p are finite numbers")
     readers = [*options["prompt"], options["questions"], options["continuation"]].count("-")
@@ -35,12 +37,14 @@ def check_options(file: str | None, options: Mapping[str, Any], as_json: bool) -
 def questions(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The questions in order, each with its prompt and prefix; none for a continuation.
 
-    Raises StorageError or FormatError for a file that cannot be used.
+    Raises StorageError or FormatError for a file that cannot be used, UsageError where --save has not one question.
     """
     if options["questions"] is not None:
         rows = _read(options["questions"])
     else:
         rows = [{"prompt": streams.text_of("-").strip() if text == "-" else text} for text in options["prompt"]]
+    if options["save"] and len(rows) != 1:
+        raise UsageError(f"--save goes with one question, not {len(rows)}", fix="ask, save, and ask the saved snapshot")
     return [{"prefix": options["prefix"], **row} for row in rows]
 
 

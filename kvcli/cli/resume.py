@@ -9,7 +9,7 @@ import click
 
 from ..errors import MismatchError, UsageError
 from . import streams
-from .answers import Facts, Talk, ask, judge, total
+from .answers import Facts, Talk, ask, judge, save, total
 from .questions import check_options, continuation, questions
 from .ui import Ui, current, model_options, output_options, peak_memory, size
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Draw from this share.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from so many best tokens; 0: from all.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="For drawing.")
+@click.option("--save", metavar="OUT", help="Keep the question and its answer too, as a new snapshot.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing OUT.")
 @click.option("--jsonl", is_flag=True, help="One JSON object an answer, as each is finished.")
 @click.option("--trust-model", is_flag=True, help="Use a model with other weights; warn instead of refusing.")
 @model_options
@@ -50,10 +52,14 @@ def command(file: str | None, **options: Any) -> None:
     check_options(file, options, ui.as_json)
     rows = questions(options)
     text = None if options["continuation"] is None else continuation(options["continuation"])
+    target = streams.target(options["save"], "", options["force"]) if options["save"] else None
     origin = streams.source(file, ui)
     with _reader(ui, origin) as reader:
         talk, facts = _begin(ui, reader, options)
-        facts |= total([ask(talk, row) for row in rows]) if text is None else judge(talk, text)
+        turns = [ask(talk, row) for row in rows]
+        facts |= total(turns) if text is None else judge(talk, text)
+        if target:
+            facts["saved"] = save(talk, reader.snapshot(), turns[0], target, options["force"])
     facts = {"file": streams.shown(origin), **facts, "peak_memory": peak_memory()}
     if not ui.as_json:
         _show(ui, facts)
@@ -84,7 +90,7 @@ def _begin(ui: Ui, reader: "Reader", options: Mapping[str, Any]) -> tuple[Talk, 
     drawn = (options[name] for name in ("tokens", "temperature", "top_p", "top_k", "seed", "stop"))
     facts = {"model": model.id, "file_bytes": reader.header.size, "tokens_reused": prefix.tokens}
     facts |= {"entries": sum(len(rows.k) for rows in prefix.rows), "load_seconds": seconds}
-    return Talk(ui, model, prefix, full, Sampling(*drawn), options["jsonl"]), facts
+    return Talk(ui, model, prefix, full, Sampling(*drawn), options["jsonl"], bool(options["save"])), facts
 
 
 def _model(ui: Ui, snapshot: "Snapshot", options: Mapping[str, Any], phase: Any) -> "Model":
@@ -132,6 +138,9 @@ def _show(ui: Ui, facts: Facts) -> None:
     wait = f"first token after {sum(first) / len(first):.2f} s, " if first else ""
     rate = f"{sum(speed) / len(speed):.1f} tokens/s, " if speed else ""
     ui.say(f"{wait}{rate}peak memory {size(facts['peak_memory'])}")
+    if "saved" in facts:
+        saved = facts["saved"]
+        ui.say(f"{saved['file']}: {saved['tokens']:,} tokens, {saved['added']:,} new, {size(saved['file_bytes'])}")
     if "hits" in facts:
         ui.say(f"{facts['hits']} of {facts['asked']} answers found")
     if "kl_mean" in facts:

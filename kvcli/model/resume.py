@@ -11,12 +11,13 @@ from ..errors import MismatchError
 from ..layers import DTYPES
 from ..meta import Meta
 from ..metrics import kl, nll, top1
-from .answer import Answer, Sampling, answer
+from .answer import Answer, Sampling, answer, kept
 from .load import DEFAULT, Model, Tick, find_by_weights, load
 from .prefix import Prefix, check_room, logits, predict
-from .text import question_ids
+from .text import closing_ids, question_ids
 
-__all__ = ["Answer", "Prefix", "Sampling", "answer", "compare", "expected", "logits", "model_for", "question"]
+__all__ = ["Answer", "Prefix", "Sampling", "answer", "check_room", "closing", "compare", "expected", "logits"]
+__all__ += ["model_for", "question", "turn"]
 
 
 def model_for(
@@ -44,6 +45,16 @@ def question(model: Model, prefix: Prefix, prompt: str, start: str = "") -> list
     """Ids of a question and of how its answer starts; an empty one adds nothing to plain text, which then goes on."""
     tail = prefix.tail if prompt or prefix.chat else ""
     return question_ids(model.tokenizer, prompt, start, tail)
+
+
+def turn(model: Model, prefix: Prefix, prompt: str, ids: Sequence[int], said: Answer) -> list[int]:
+    """All ids of a question's turn: its own, those of its answer, and what lies between that and the next question."""
+    return [*ids, *kept(model.tokenizer, said), *closing(model, prefix, prompt)]
+
+
+def closing(model: Model, prefix: Prefix, prompt: str) -> list[int]:
+    """Ids between an answer and the next question; none where plain text goes on."""
+    return closing_ids(model.tokenizer, prefix.chat) if prompt or prefix.chat else []
 
 
 def compare(

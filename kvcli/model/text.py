@@ -17,18 +17,31 @@ def template(tokenizer: Any, chat: bool) -> tuple[str, str]:
     """
     if not (chat and tokenizer.chat_template):
         return "", "\n"
+    head, tail = _around(tokenizer, ["user"])
+    return head, tail
+
+
+def closing_ids(tokenizer: Any, chat: bool) -> list[int]:
+    """Ids of the text between an answer and the next question; raises InfeasibleError as `template` does."""
+    if not (chat and tokenizer.chat_template):
+        return _plain(tokenizer, "\n")
+    return _parsed(tokenizer, _around(tokenizer, ["user", "assistant", "user"])[2])
+
+
+def _around(tokenizer: Any, roles: list[str]) -> list[str]:
+    """What the chat template writes before, between and behind turns of these roles."""
     from jinja2 import TemplateError
 
-    turns = [{"role": "user", "content": SENTINEL}]
+    turns = [{"role": role, "content": SENTINEL} for role in roles]
     try:
-        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        whole: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError as cause:
         raise InfeasibleError("the model's chat template failed", str(cause), "leave it out with --raw") from cause
     pieces = whole.split(SENTINEL)
-    if len(pieces) != 2:
-        why = "it must hold the user's text once and unchanged"
+    if len(pieces) != len(turns) + 1:
+        why = "it must hold the text of each turn once and unchanged"
         raise InfeasibleError("the model's chat template cannot be used", why, "leave it out with --raw")
-    return pieces[0], pieces[1]
+    return pieces
 
 
 def document_ids(tokenizer: Any, text: str, chat: bool) -> tuple[list[int], int, str]:
