@@ -166,5 +166,7 @@ def test_a_save_that_would_not_fit_is_refused_before_the_answer(work: Path, caps
     most = 512 - facts["tokens_reused"] - facts["tokens_computed"]
     close = len(closing_ids(tiny_tokenizer(), True))
     for n, code in ((most, 6), (most - close + 1, 6), (most - close, 0)):
+        capsys.readouterr()
         assert run([*long, "-n", str(n), "--save", "new", "-f"]) == code
+        assert (capsys.readouterr().out == "") == bool(code)
     assert run([*long, "-n", str(most)]) == 0
