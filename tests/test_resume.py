@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny import tiny_model
 
 from kvcli.cli import run
+from kvcli.cli.answers import Talk, judge
+from kvcli.cli.ui import Ui
+from kvcli.errors import InfeasibleError
 
 TEXT = "The harbour opened at six. " * 12 + "The new ferry is called Kestrel.\n"
 LONG = "zebra " * 200  # a random model hears no difference between short questions
@@ -105,6 +109,7 @@ def test_a_stop_text_is_never_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 REFUSED = [
+    (f"full -p {'zebra' * 900}", 6, "no room"),
     ("full -p x --continuation more.txt", 2, "one of them"),
     ("full --continuation void.txt", 2, "empty"),
     ("full --continuation none.txt", 3, "none.txt"),
@@ -121,11 +126,18 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("line", "code", "says"), REFUSED, ids=[line for line, *_ in REFUSED])
+@pytest.mark.parametrize(("line", "code", "says"), REFUSED, ids=[line[:40] for line, *_ in REFUSED])
 def test_bad_input(capsys: pytest.CaptureFixture[str], line: str, code: int, says: str) -> None:
     assert run(["resume", *line.split()]) == code
     seen = capsys.readouterr()
     assert says in seen.err and "Traceback" not in seen.err and ("--json" in line or seen.out == "")
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    model: Any = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text, **_: []))
+    nothing: Any = None
+    with pytest.raises(InfeasibleError, match="no token"):
+        judge(Talk(Ui(), model, nothing, None, nothing, False, False), "text")
 
 
 def test_an_empty_stop_text_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,10 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InfeasibleError
 from .streams import Source, shown
 from .ui import Ui, clean
 
@@ -68,16 +69,14 @@ def ask(talk: Talk, row: Facts) -> Turn:
     if talk.saves:
         close = closing(talk.model, talk.prefix, row["prompt"])
         check_room(talk.model, talk.prefix, len(ids) + len(close), talk.sampling.n)
-    told = talk.jsonl or talk.ui.as_json
-    said = answer(talk.model, talk.prefix, ids, talk.sampling, *([] if told else [_stream(row["prefix"])]))
-    if not told:
+    plain = not (talk.jsonl or talk.ui.as_json)
+    said = answer(talk.model, talk.prefix, ids, talk.sampling, _stream(row["prefix"]) if plain else lambda text: None)
+    if plain:
         print(flush=True)
-    compared = {}
+    turn = Turn(row, ids, said, {})
     if talk.full is not None:
-        compared = dict(
-            zip(("kl", "top1"), compare(talk.model, talk.prefix, talk.full, ids, talk.sampling.n), strict=True)
-        )
-    turn = Turn(row, ids, said, compared)
+        kl, top1 = compare(talk.model, talk.prefix, talk.full, ids, talk.sampling.n)
+        turn = replace(turn, compared={"kl": kl, "top1": top1})
     if talk.jsonl:
         print(json.dumps(turn.facts()), flush=True)
     return turn
@@ -115,11 +114,13 @@ def total(turns: Sequence[Turn]) -> Facts:
 
 
 def judge(talk: Talk, text: str) -> Facts:
-    """How expected a text is as the continuation of the document."""
+    """How expected a text is as the continuation of the document; raises InfeasibleError if no token stands for it."""
     from ..model.resume import expected
     from ..model.text import question_ids
 
     ids = question_ids(talk.model.tokenizer, text, "", "")
+    if not ids:
+        raise InfeasibleError("the model's tokenizer has no token for anything in the text")
     found = expected(talk.model, talk.prefix, talk.full, ids, len(ids))
     return {"tokens_computed": len(ids) - 1, "answers": [], "continuation": {"tokens": len(ids), **measured(found)}}
 

@@ -45,6 +45,8 @@ def command(file: str | None, **options: Any) -> None:
     \b
     Examples:
       kvcli resume --prompt "What changed in Q3?"
+      kvcli resume -p "Who signed it?" -p "When?" --stop . --jsonl
+      kvcli resume report.kv.safetensors -p "What changed?" --save talk.kv.safetensors
       kvcli resume small.kv.safetensors --questions q.jsonl --against full.kv.safetensors
       kvcli prefill report.txt | kvcli compress -m kvmerger -b 35% | kvcli resume -p "What changed?"
     """
@@ -68,8 +70,7 @@ def command(file: str | None, **options: Any) -> None:
 
 def _reader(ui: Ui, origin: streams.Source) -> "Reader":
     with ui.phases() as phase:
-        phase("loading torch and transformers")
-        from ..model import resume  # noqa: F401
+        phase("loading torch")
         from ..storage import Reader
 
         with streams.waiting(origin, ui):
@@ -77,10 +78,11 @@ def _reader(ui: Ui, origin: streams.Source) -> "Reader":
 
 
 def _begin(ui: Ui, reader: "Reader", options: Mapping[str, Any]) -> tuple[Talk, Facts]:
-    from ..model.resume import Prefix, Sampling
-
     snapshot = reader.snapshot()
     with ui.phases() as phase:
+        phase("loading transformers")
+        from ..model.resume import Prefix, Sampling
+
         model = _model(ui, snapshot, options, phase)
         start = time.perf_counter()
         prefix = Prefix.read(snapshot, model)
