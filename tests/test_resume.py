@@ -133,6 +133,16 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], line: str, code: int, say
     assert says in seen.err and "Traceback" not in seen.err and ("--json" in line or seen.out == "")
 
 
+def test_what_the_tokenizer_cannot_say_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["resume", "small", "-p", "☃", "-n", "1"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr("kvcli.model.text.lost", lambda tokenizer, text, ids: f"{text} of {len(ids)}")
+    assert run(["resume", "small", "-p", "☃", "--prefix", "It", "-n", "1"]) == 0
+    assert "warning: the question: ☃It of 5" in capsys.readouterr().err
+
+
 def test_a_text_without_tokens_is_refused() -> None:
     model: Any = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text, **_: []))
     nothing: Any = None

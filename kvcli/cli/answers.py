@@ -66,6 +66,7 @@ def ask(talk: Talk, row: Facts) -> Turn:
     from ..model.resume import answer, check_room, closing, compare, question
 
     ids = question(talk.model, talk.prefix, row["prompt"], row["prefix"])
+    _warn_of_loss(talk, "the question", row["prompt"] + row["prefix"])
     if talk.saves:
         close = closing(talk.model, talk.prefix, row["prompt"])
         check_room(talk.model, talk.prefix, len(ids) + len(close), talk.sampling.n)
@@ -80,6 +81,14 @@ def ask(talk: Talk, row: Facts) -> Turn:
     if talk.jsonl:
         print(json.dumps(turn.facts()), flush=True)
     return turn
+
+
+def _warn_of_loss(talk: Talk, name: str, text: str) -> None:
+    from ..model.text import lost, question_ids
+
+    tokenizer = talk.model.tokenizer
+    if missing := lost(tokenizer, text, question_ids(tokenizer, text, "", "")):
+        talk.ui.warn(f"{name}: {missing}")
 
 
 def save(talk: Talk, snapshot: "Snapshot", turn: Turn, target: Source, force: bool) -> Facts:
@@ -121,6 +130,7 @@ def judge(talk: Talk, text: str) -> Facts:
     ids = question_ids(talk.model.tokenizer, text, "", "")
     if not ids:
         raise InfeasibleError("the model's tokenizer has no token for anything in the text")
+    _warn_of_loss(talk, "the continuation", text)
     found = expected(talk.model, talk.prefix, talk.full, ids, len(ids))
     return {"tokens_computed": len(ids) - 1, "answers": [], "continuation": {"tokens": len(ids), **measured(found)}}
 

@@ -81,9 +81,12 @@ def _begin(ui: Ui, reader: "Reader", options: Mapping[str, Any]) -> tuple[Talk, 
     snapshot = reader.snapshot()
     with ui.phases() as phase:
         phase("loading transformers")
-        from ..model.resume import Prefix, Sampling
+        from ..model.own import check_model
+        from ..model.resume import Prefix, Sampling, model_for
 
-        model = _model(ui, snapshot, options, phase)
+        how = {name: options[name] for name in ("device", "dtype")}
+        model = model_for(reader.meta, options["model"], tick=phase, **how)
+        check_model(snapshot, model, trust=options["trust_model"], warn=ui.warn)
         start = time.perf_counter()
         prefix = Prefix.read(snapshot, model)
         reader.verify()
@@ -93,20 +96,6 @@ def _begin(ui: Ui, reader: "Reader", options: Mapping[str, Any]) -> tuple[Talk, 
     facts = {"model": model.id, "file_bytes": reader.header.size, "tokens_reused": prefix.tokens}
     facts |= {"entries": sum(len(rows.k) for rows in prefix.rows), "load_seconds": seconds}
     return Talk(ui, model, prefix, full, Sampling(*drawn), options["jsonl"], bool(options["save"])), facts
-
-
-def _model(ui: Ui, snapshot: "Snapshot", options: Mapping[str, Any], phase: Any) -> "Model":
-    from ..model.identity import check
-    from ..model.observe import probe
-    from ..model.resume import model_for
-
-    meta = snapshot.meta
-    model = model_for(meta, options["model"], device=options["device"], dtype=options["dtype"], tick=phase)
-    found = [snapshot.extra[name] for name in ("stat.probe_k", "stat.probe_v") if name in snapshot.extra]
-    saved = (found[0], found[1]) if len(found) == 2 else None
-    few = snapshot.ids[: found[0].shape[2]] if saved else snapshot.ids[:0]
-    check(meta, model, lambda: probe(model, few), saved, trust=options["trust_model"], warn=ui.warn)
-    return model
 
 
 def _against(path: str | None, snapshot: "Snapshot", model: "Model") -> "Prefix | None":
