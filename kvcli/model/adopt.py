@@ -14,7 +14,8 @@ from ..snapshot import LayerKV, Rows, Snapshot, Stats
 from .extend import extend
 from .identity import NEAR, NEAR_16_BIT
 from .load import Model
-from .observe import IDENTITY, WINDOW, prefill
+from .observe import IDENTITY, prefill
+from .observed import WINDOW
 
 Pair = tuple[Tensor, Tensor]  # k [H, N, D], v [H, N, Dv]
 

@@ -12,7 +12,8 @@ from ..snapshot import Rows, Snapshot, append
 from .attend import Law
 from .cache import Layer, place, windows
 from .load import Model
-from .observe import WINDOW, ObservedLayer, ids_hash, read, rope_of
+from .observe import ids_hash, read, rope_of
+from .observed import WINDOW, ObservedLayer
 from .text import context_length, too_long
 
 

@@ -1,0 +1,144 @@
+"""What prefill observes in a layer while it reads: last and spread queries, attention received, norms of values."""
+
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+
+from ..kernels.mass import attention_mass
+from ..snapshot import Rows, Stats
+from .attend import Law
+from .cache import Layer
+
+WINDOW = 64  # last queries saved
+PROBES = 64  # queries saved evenly over the document
+
+
+class ObservedLayer(Layer):
+    """A cache layer with room for `tokens` more behind its prefix that also collects the layer's statistics.
+
+    before: the statistics of the prefix, which are continued; sums over all tokens only where none was dropped.
+    A layer whose window is shorter than the document keeps its last window and no statistics: it is never compressed.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        window: int | None = None,
+        prefix: Rows | None = None,
+        start: int = 0,
+        before: Stats | None = None,
+    ) -> None:
+        self.end = start + tokens
+        self.slides = window is not None and window <= self.end
+        super().__init__(prefix, start, 1 if self.slides else tokens, window)
+        self.before = before or Stats()
+        spread = torch.linspace(0, self.end - 1, min(PROBES, self.end)).round().long()
+        self.wanted = {"last": torch.arange(max(0, self.end - WINDOW), self.end), "probe": spread}
+        self.queries: dict[str, list[Tensor]] = {name: [] for name in self.wanted}
+        self.law = Law(0.0)
+        self.finite = True
+
+    def attend(self, q: Tensor, law: Law, module: nn.Module) -> Tensor:
+        out, lse = self.attend_lse(q, law)
+        self.law, self.q_heads = law, q.shape[0]
+        here = slice(self.held - q.shape[1], self.held)
+        self.finite &= bool(self.keys[:, here].isfinite().all() and self.values[:, here].isfinite().all())
+        if not self.slides:
+            self._observe(q, lse, module)
+        return out
+
+    def _observe(self, q: Tensor, lse: Tensor, module: nn.Module) -> None:
+        past = self.get_seq_length() - q.shape[1]
+        if past == self.start:
+            self.mass, self.norm = self._sums("attn_mass"), self._sums("value_norm")
+        if self.mass is not None:
+            self._add_mass(self.mass, q, lse)
+        weight = _output_weight(module)
+        if self.norm is not None and weight is not None:
+            values = self.values[:, past - self.start : self.length]
+            self.norm[:, past : past + q.shape[1]] = value_norm(values, weight, q.shape[0])
+        elif weight is None:
+            self.norm = None
+        for name, wanted in self.wanted.items():
+            here = wanted[(wanted >= past) & (wanted < past + q.shape[1])] - past
+            self.queries[name].append(q[:, here.to(q.device)])
+
+    def _sums(self, name: str) -> Tensor | None:  # -> [H, end] float32
+        """What the prefix's tokens have, with room for the others; None where it cannot be continued."""
+        found = torch.zeros(self.keys.shape[0], self.end, device=self.keys.device)
+        if self.prefix is not None:
+            old: Tensor | None = getattr(self.before, name)
+            if old is None or self.prefix.bias is not None or {*self.lens, old.shape[1]} != {self.start}:
+                return None
+            found[:, : self.start] = old
+        return found
+
+    def _add_mass(self, mass: Tensor, q: Tensor, lse: Tensor) -> None:
+        """Add what each entry receives from the newest queries."""
+        old = self.held - q.shape[1]
+        parts = [(self.keys[:, old : self.held], self.start + old, True), (self.keys[:, :old], self.start, False)]
+        if self.prefix is not None:
+            parts.append((torch.unflatten(self.prefix.k, 0, (len(mass), -1)), 0, False))
+        for k, at, causal in parts:
+            if k.shape[1]:
+                here = attention_mass(q, k, lse, self.law.scale, causal, self.law.softcap)
+                mass[:, at : at + k.shape[1]] += here
+
+    def stats(self) -> Stats:
+        """What was observed; complete when all tokens have been read."""
+        if self.slides:
+            return Stats()
+        (q_last, q_last_pos), (q_probe, q_probe_pos) = self._saved("last"), self._saved("probe")
+        sinks = self.law.sink_logit
+        return Stats(
+            q_last=q_last,
+            q_last_pos=q_last_pos,
+            q_probe=q_probe,
+            q_probe_pos=q_probe_pos,
+            attn_mass=None if self.mass is None else self.mass.cpu(),
+            value_norm=None if self.norm is None else self.norm.cpu(),
+            sink_logit=None if sinks is None else sinks.float().cpu(),
+        )
+
+    def _saved(self, name: str) -> tuple[Tensor | None, Tensor | None]:  # [Hq, W, D], [W] int32
+        """The wanted queries; of those before the prefix ends, the nearest that were saved then."""
+        wanted, q = self.wanted[name], torch.cat(self.queries[name], 1).cpu()
+        pos = wanted[wanted >= self.start].int()
+        old, old_pos = getattr(self.before, f"q_{name}"), getattr(self.before, f"q_{name}_pos")
+        if old is None or old_pos is None:
+            # Queries of the new tokens alone would not be spread over the document.
+            return (None, None) if name == "probe" and self.start else (q, pos)
+        old_pos = old_pos[old_pos < self.start]  # not those of a question
+        before = wanted[wanted < self.start]
+        if len(old_pos) and len(before):
+            near = (old_pos[:, None] - before).abs().argmin(0).unique()
+            q, pos = torch.cat([old[:, near], q.to(old.dtype)], 1), torch.cat([old_pos[near], pos])
+        return q, pos
+
+    def rows(self) -> Rows:
+        """What later tokens will see of the new ones as flat rows; a whole document is not copied on the CPU."""
+        heads, count = self.keys.shape[0], self.held
+        if self.slides and self.window:
+            count = max(1, min(self.held, self.window - 1))
+        pos = torch.arange(self.end - count, self.end, dtype=torch.int32).repeat(heads)
+        k, v = (part[:, self.held - count : self.held].flatten(0, 1).cpu() for part in (self.keys, self.values))
+        return Rows(k, v, pos, torch.full((heads,), count))
+
+
+def _output_weight(module: nn.Module) -> Tensor | None:  # -> [d_model, Hq * Dv]
+    for name in ("o_proj", "out_proj", "dense", "wo"):
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return weight
+    return None
+
+
+def value_norm(v: Tensor, weight: Tensor, q_heads: int) -> Tensor:  # [H, M, Dv], [d, Hq * Dv] -> [H, M] float32
+    """1-norm of each value behind the output projection, mean over the queries' heads of its group."""
+    heads = weight.view(-1, len(v), q_heads // len(v), v.shape[-1])  # [d, H, G, Dv]
+    norms: Tensor = torch.zeros(v.shape[:2], device=v.device)
+    for h, g in product(range(len(v)), range(heads.shape[2])):
+        norms[h] += vector_norm(v[h] @ heads[:, h, g].T, 1, -1, dtype=torch.float32)
+    return norms / heads.shape[2]
