@@ -37,4 +37,4 @@ docs: setup
 	$(BIN)/python tests/docs.py
 
 bench: setup
-	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench.py $(WHAT)

@@ -1,4 +1,7 @@
-"""make bench: quality on hidden facts and ratios of speed, as rows of samples/bench.jsonl and as text."""
+"""make bench: quality on hidden facts and ratios of speed, as rows of samples/bench.jsonl and as text.
+
+`make bench WHAT=kvmerger` measures one kind alone: quality, kvmerger (its variants beside H2O and SnapKV) or ratio.
+"""
 
 import json
 import platform
@@ -25,8 +28,18 @@ from kvcli.storage import Reader, write_snapshot
 from kvcli.tasks.needle import Question, facts, hit
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ("random", "streamingllm", "snapkv", "snapkv+adakv", "kvmerger")
-BUDGETS = ("50%", "35%", "20%")
+RECIPES = ("random", "streamingllm", "knorm", "keydiff", "h2o", "snapkv", "snapkv+adakv", "kvmerger")
+VARIANTS = (
+    "kvmerger:values=count",
+    "kvmerger:values=mean",
+    "kvmerger:values=logcount",
+    "kvmerger:values=logcount,keys=pivot",
+    "kvmerger:values=logcount,keys=rerotate",
+    "kvmerger:values=logcount+global",
+    "h2o",
+    "snapkv",
+)
+GRIDS = {"quality": (RECIPES, ("50%", "35%", "20%")), "kvmerger": (VARIANTS, ("50%", "35%"))}
 COPIES, FACTS, TOKENS = 4, 6, 16
 
 
@@ -39,15 +52,16 @@ class Tally:
         self.top1: list[bool] = []
         self.sizes: dict[str, float] = {}
 
-    def row(self, recipe: str, budget: str) -> dict[str, Any]:
-        row = {"kind": "quality", "recipe": recipe, "budget": budget, "hits": sum(self.hits), "asked": len(self.hits)}
+    def row(self, kind: str, recipe: str, budget: str) -> dict[str, Any]:
+        row = {"kind": kind, "recipe": recipe, "budget": budget, "hits": sum(self.hits), "asked": len(self.hits)}
         if self.kl:
             row |= {"kl_mean": sum(self.kl) / len(self.kl), "kl_p95": median_p95(torch.tensor(self.kl))[1]}
             row |= {"top1": sum(self.top1) / len(self.top1)}
         return row | {name: total / COPIES for name, total in self.sizes.items()}
 
 
-def quality(model: Model) -> list[dict[str, Any]]:
+def quality(model: Model, kind: str) -> list[dict[str, Any]]:
+    recipes, budgets = GRIDS[kind]
     prose = (ROOT / "samples/harbour.txt").read_text()
     tallies: dict[tuple[str, str], Tally] = {}
     with TemporaryDirectory() as folder:
@@ -58,14 +72,14 @@ def quality(model: Model) -> list[dict[str, Any]]:
             full = Path(folder) / "full.kv.safetensors"
             write_snapshot(snapshot, full, force=True)
             asked = [ask_full(model, full, question, tallies) for question in hay.questions]
-            for recipe in RECIPES:
-                paths = [Path(folder) / f"{budget}.kv.safetensors" for budget in BUDGETS]
-                plans = make_plans(snapshot, Recipe.parse(recipe), [Budget.parse(budget) for budget in BUDGETS])
+            for recipe in recipes:
+                paths = [Path(folder) / f"{budget}.kv.safetensors" for budget in budgets]
+                plans = make_plans(snapshot, Recipe.parse(recipe), [Budget.parse(budget) for budget in budgets])
                 carry_out(snapshot, plans, paths, force=True)
-                for budget, path in zip(BUDGETS, paths, strict=True):
+                for budget, path in zip(budgets, paths, strict=True):
                     ask_small(model, path, asked, tallies.setdefault((recipe, budget), Tally()))
             print(f"copy {seed + 1} of {COPIES} done", file=sys.stderr)
-    return [tally.row(*name) for name, tally in tallies.items()]
+    return [tally.row(kind, *name) for name, tally in tallies.items()]
 
 
 def read(model: Model, path: Path, tally: Tally) -> Prefix:
@@ -116,23 +130,28 @@ def stamp() -> dict[str, str]:
 
 
 def show(row: dict[str, Any]) -> str:
-    if row["kind"] != "quality":
+    if row["kind"] not in GRIDS:
         return f"{row['what']:<86} {row['ratio']:6.2f}  (aim {row['aim']})"
     divergence = f"KL {row['kl_mean']:.3f}  top-1 {row['top1']:.1%}" if "kl_mean" in row else ""
     size = f"{row['file_bytes'] / 1e6:6.1f} MB"
-    return f"{row['recipe']:<18} {row['budget']:>4}  {row['hits']:>2} of {row['asked']}  {size}  {divergence}"
+    return f"{row['recipe']:<38} {row['budget']:>4}  {row['hits']:>2} of {row['asked']}  {size}  {divergence}"
 
 
 def main() -> None:
     model = load(None, dtype="bfloat16")
-    which = sys.argv[1:] or ["quality", "ratio"]
+    which = sys.argv[1:] or [*GRIDS, "ratio"]
     path = ROOT / "samples/bench.jsonl"
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in old if row["kind"] not in which and not ("ratio" in which and row["kind"] == "ragged")]
-    rows += [{**row, **stamp()} for row in (quality(model) if "quality" in which else [])]
-    rows += [{**row, **stamp()} for row in (ratios(model) if "ratio" in which else [])]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print("\n".join(show(row) for row in rows))
+    rows = {kind: [row for row in old if row["kind"] == kind] for kind in (*GRIDS, "ragged", "ratio")}
+    for kind in which:
+        fresh = quality(model, kind) if kind in GRIDS else ratios(model)
+        rows |= {
+            kind: [{**row, **stamp()} for row in fresh if row["kind"] == kind]
+            for kind in {row["kind"] for row in fresh}
+        }
+    every = [row for kind in rows.values() for row in kind]
+    path.write_text("".join(json.dumps(row) + "\n" for row in every))
+    print("\n".join(show(row) for row in every))
 
 
 if __name__ == "__main__":

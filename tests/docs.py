@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from kvcli.cli import COMMANDS
@@ -47,9 +48,9 @@ def bench_rows(*kinds: str) -> list[dict[str, object]]:
     return [row for row in rows if row["kind"] in kinds]
 
 
-def quality_table() -> str:
+def quality_table(kind: str = "quality") -> str:
     rows = ["| method | keep | hits | KL | top-1 | file |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in bench_rows("quality"):
+    for row in bench_rows(kind):
         keep = f"{row['keep']:.0%}"
         cells = (f"`{row['recipe']}`", keep, f"{row['hits']} of {row['asked']}", _number(row.get("kl_mean")))
         rows.append("| " + " | ".join([*cells, _share(row.get("top1")), f"{row['file_bytes'] / 1e6:.1f} MB"]) + " |")
@@ -79,7 +80,13 @@ def readme() -> str:
     return text
 
 
-PARTS = {"methods": methods_table, "commands": commands_text, "quality": quality_table, "ratios": ratio_table}
+PARTS = {
+    "methods": methods_table,
+    "commands": commands_text,
+    "quality": quality_table,
+    "kvmerger": partial(quality_table, "kvmerger"),
+    "ratios": ratio_table,
+}
 
 
 if __name__ == "__main__":
