@@ -1,12 +1,19 @@
-"""Every test has a home of its own, so that none reads or writes the user's."""
+"""What tests share: a home of its own for each, so that none reads or writes the user's, and a tiny model."""
 
 import os
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from kvcli.model.load import Model
+
 # A hub that cannot be reached is asked for half a minute; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Shells start background jobs deaf to Ctrl-C, and the commands that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +21,19 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("KVCLI_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model, not to be changed."""
+    from tiny import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def model(folder: Path) -> "Model":
+    """That model, the test's own to break."""
+    from kvcli.model.load import load
+
+    return load(str(folder), dtype="float32")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import InfeasibleError
 
@@ -68,4 +68,12 @@ def refuse(query: Tensor, mask: Tensor | None, rest: dict[str, Any]) -> None:
         raise InfeasibleError(f"the model's attention asks for {', '.join(strange)}, which kvcli does not support")
 
 
+def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:  # [B, N + M] bool
+    """Called for the mask of a forward pass: positions say who sees whom. InfeasibleError for one that hides tokens."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise InfeasibleError("the attention_mask hides tokens", "attention over a snapshot sees all", "leave it out")
+
+
 AttentionInterface.register(NAME, attend)
+# Without a function of its own transformers would drop the mask unseen.
+AttentionMaskInterface.register(NAME, no_mask)

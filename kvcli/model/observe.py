@@ -7,7 +7,7 @@ import xxhash
 from torch import Tensor
 from transformers import Cache
 
-from ..errors import KvError, MismatchError
+from ..errors import InfeasibleError, KvError, MismatchError
 from ..layers import NAMES
 from ..meta import Json, Layout, Meta, Seq
 from ..snapshot import Snapshot
@@ -48,15 +48,7 @@ def prefill(
 
 @torch.inference_mode()
 def probe(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:  # [P] -> [L, H, P, D], [L, H, P, Dv]
-    """Keys and values of a few tokens run on their own: what the model's identity is checked by.
-
-    Raises MismatchError for tokens that are not in the model's vocabulary.
-    """
-    largest, V = max(ids.tolist(), default=0), model.net.get_input_embeddings().num_embeddings
-    if largest >= V:
-        raise MismatchError(
-            f"the snapshot holds the token {largest}, the model knows {V}", fix="give the model that made it"
-        )
+    """Keys and values of a few tokens run on their own: what the model's identity is checked by."""
     layers = [Layer(room=len(ids), window=window) for window in windows(model.config)]
     read(model, layers, ids, len(ids))
     return torch.stack([layer.keys for layer in layers]).cpu(), torch.stack([layer.values for layer in layers]).cpu()
@@ -69,19 +61,38 @@ def read(
     chunk: int,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:  # -> [M, d] hidden states of the last chunk after the final norm
-    """Run these ids through the model behind what the layers hold; KvError where what it computes is not finite."""
+    """Run these ids through the model behind what the layers hold.
+
+    Raises MismatchError for ids beyond the model's vocabulary, InfeasibleError for a model whose layers are not of one
+    shape, KvError where what it computes is not finite.
+    """
     cache, net = Cache(layers=list(layers)), model.net
     need_own_attention(net)
+    _check_known(net.get_input_embeddings().num_embeddings, ids)
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk].long()[None].to(net.device)
         out = net.base_model(input_ids=part, use_cache=True, **named(net.base_model, cache))
         hidden: Tensor = out.last_hidden_state[0]
+        _check_shapes(layers)
         tick(min(start + chunk, len(ids)), len(ids))
     bad = [f"layer {i}" for i, layer in enumerate(layers) if isinstance(layer, ObservedLayer) and not layer.finite]
     if bad or not bool(hidden.isfinite().all()):
         who = bad[0] if bad else "the model's last hidden state"
         raise KvError(f"NaN or infinity in {who}", f"computed in {net.dtype}", "try --dtype float32")
     return hidden
+
+
+def _check_known(V: int, ids: Tensor) -> None:  # [N]
+    if strange := ids[(ids < 0) | (ids >= V)].tolist():
+        fix = "give the model whose tokenizer made it"
+        raise MismatchError(f"the token {strange[0]} is none of the {V} that the model knows", fix=fix)
+
+
+def _check_shapes(layers: Sequence[Layer]) -> None:
+    shapes = [f"keys {[*layer.keys.shape[::2]]} and values {[*layer.values.shape[::2]]}" for layer in layers]
+    if odd := next((i for i, shape in enumerate(shapes) if shape != shapes[0]), 0):
+        why = f"[heads, size] of a token: layer {odd} has {shapes[odd]}, layer 0 has {shapes[0]}"
+        raise InfeasibleError("the model's layers are not of one shape, as those of a snapshot are", why)
 
 
 def ids_hash(ids: Tensor) -> str:  # [N] int32
