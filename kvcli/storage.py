@@ -226,11 +226,6 @@ class Reader:
             raise FormatError(f"{self._name} became shorter while it was read")
 
 
-def open_snapshot(source: Source) -> Snapshot:
-    """The snapshot in a file or pipe, which stays open as long as the snapshot lives; see Reader."""
-    return Reader(source).snapshot()
-
-
 def verify(source: Source, tick: Tick = lambda done, total: None) -> dict[str, Any]:
     """Check every byte of a file or pipe; see Reader.verify."""
     with Reader(source) as reader:

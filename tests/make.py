@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from xxhash import xxh3_128_hexdigest
 
 from kvcli.layers import NAMES
 from kvcli.meta import Layout, Meta, Seq
+from kvcli.pipeline import carry_out, make_plans
+from kvcli.recipe import Recipe
 from kvcli.snapshot import Rows, Snapshot, Stats
-from kvcli.storage import write_snapshot
+from kvcli.storage import Reader, Source, write_snapshot
 
 
 def make_snapshot(
@@ -77,6 +80,20 @@ def packed(snapshot: Snapshot) -> bytes:
     out = io.BytesIO()
     write_snapshot(snapshot, out)
     return out.getvalue()
+
+
+def shrunk(snapshot: Snapshot, recipe: str, path: Path, budget: str = "30%", **options: Any) -> Snapshot:
+    """The snapshot compressed into a file, which is as large as its plan says; "" is no budget."""
+    parsed = Recipe.parse(recipe)
+    plans = make_plans(snapshot, parsed, parsed.budgets([budget] if budget else []), **options)
+    carry_out(snapshot, plans, [path], force=True)
+    assert path.stat().st_size == plans[0].outline.file_bytes
+    return opened(path)
+
+
+def opened(source: Source) -> Snapshot:
+    """The snapshot in a file or stream."""
+    return Reader(source).snapshot()
 
 
 def same(a: Any, b: Any) -> None:

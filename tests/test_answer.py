@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import (
     CohereConfig,
@@ -30,16 +30,6 @@ from kvcli.model.resume import Prefix, Sampling, answer, compare, expected, logi
 
 IDS = torch.randint(5, 290, (120,), generator=torch.Generator().manual_seed(1)).tolist()
 LONG = torch.randint(5, 290, (300,), generator=torch.Generator().manual_seed(2)).tolist()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def model(folder: Path) -> Model:
-    return load(str(folder), dtype="float32")
 
 
 @pytest.fixture

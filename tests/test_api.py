@@ -28,16 +28,6 @@ QUESTION = "What is the ferry called?"
 IDS = torch.randint(5, 290, (150,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def model(folder: Path) -> Model:
-    return kvcli.load(folder, dtype="float32")
-
-
 def network(folder: Path, attention: str = kvcli.ATTENTION, **options: Any) -> Any:
     with quiet():
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, **options)

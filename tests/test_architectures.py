@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from make import shrunk
 from tiny import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from kvcli.budget import Budget
 from kvcli.cli import run
 from kvcli.errors import InfeasibleError
 from kvcli.metrics import attend
@@ -22,8 +22,6 @@ from kvcli.model.convert import quiet
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
 from kvcli.model.resume import Prefix, Sampling, answer, logits
-from kvcli.pipeline import carry_out, make_plans
-from kvcli.recipe import Recipe
 from kvcli.snapshot import Snapshot
 from kvcli.storage import Reader, write_snapshot
 
@@ -158,11 +156,6 @@ def test_in_16_bit(folder: Path, dtype: str) -> None:
     eager = one_pass(folder, IDS + MORE, "eager", dtype)[N:].float()
     limit = 1.5 * float((eager - want).norm() / want.norm()) + 0.01  # no worse than the model's own
     assert float((got.float() - want).norm() / want.norm()) < limit
-
-
-def shrunk(snapshot: Snapshot, recipe: str, path: Path) -> Snapshot:
-    carry_out(snapshot, make_plans(snapshot, Recipe.parse(recipe), [Budget.parse("30%")]), [path])
-    return Reader(path).snapshot()
 
 
 def test_a_ragged_snapshot_equals_a_masked_one(folder: Path, model: Model, tmp_path: Path) -> None:

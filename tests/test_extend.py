@@ -5,36 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from make import packed, same, same_snapshot
+from make import packed, same, same_snapshot, shrunk
 from test_architectures import build
-from tiny import tiny_model
 
-from kvcli.budget import Budget
 from kvcli.errors import InfeasibleError, KvError, UsageError
 from kvcli.model.extend import aim, extend
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
 from kvcli.model.resume import Prefix, logits
-from kvcli.pipeline import carry_out, make_plans
-from kvcli.recipe import Recipe
-from kvcli.snapshot import Rows, Snapshot, append
+from kvcli.snapshot import Rows, append
 from kvcli.storage import Reader
 
 IDS = torch.randint(5, 290, (150,), generator=torch.Generator().manual_seed(0)).tolist()
 TURN, ASKED = IDS[40:80], [7, 99, 230, 41]
 SEQ = (3, "\n", True)
 RECIPES = ["snapkv+adakv", "snapkv", "kvmerger"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return load(str(tiny_model(tmp_path_factory.mktemp("tiny"))), dtype="float32")
-
-
-def shrunk(snapshot: Snapshot, recipe: str, path: Path, keep_stats: bool = False) -> Snapshot:
-    plans = make_plans(snapshot, Recipe.parse(recipe), [Budget.parse("30%")], keep_stats=keep_stats)
-    carry_out(snapshot, plans, [path])
-    return Reader(path).snapshot()
 
 
 @pytest.mark.parametrize("chunk", [1024, 7])
@@ -107,7 +92,7 @@ def test_a_compressed_snapshot_goes_on_as_the_model_would(model: Model, recipe: 
 @pytest.mark.parametrize("keep_stats", [False, True])
 def test_what_a_longer_snapshot_still_knows(model: Model, keep_stats: bool, tmp_path: Path) -> None:
     full = prefill(model, IDS, SEQ)
-    longer = extend(model, shrunk(full, "snapkv+adakv", tmp_path / "a", keep_stats), TURN)
+    longer = extend(model, shrunk(full, "snapkv+adakv", tmp_path / "a", keep_stats=keep_stats), TURN)
     kept = range(126, 190) if keep_stats else range(150, 190)
     for stats in longer.stats:
         assert stats.attn_mass is None and stats.value_norm is None
@@ -169,18 +154,17 @@ def test_what_cannot_be_appended_is_refused(model: Model) -> None:
             work(model, snapshot, IDS * 3)
 
 
-def test_nan_is_named(tmp_path: Path) -> None:
-    broken = load(str(tiny_model(tmp_path)), dtype="float32")
-    snapshot = prefill(broken, IDS, SEQ)
-    broken.net.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+def test_nan_is_named(model: Model) -> None:
+    snapshot = prefill(model, IDS, SEQ)
+    model.net.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
     with pytest.raises(KvError, match="layer 1"):
-        extend(broken, snapshot, ASKED)
+        extend(model, snapshot, ASKED)
     with pytest.raises(KvError, match="NaN"):
-        aim(broken, snapshot, ASKED)
-    broken.net.model.layers[1].self_attn.v_proj.weight[0, 0] = 0
-    broken.net.model.norm.weight[3] = torch.inf
+        aim(model, snapshot, ASKED)
+    model.net.model.layers[1].self_attn.v_proj.weight[0, 0] = 0
+    model.net.model.norm.weight[3] = torch.inf
     with pytest.raises(KvError, match="last hidden state"):
-        prefill(broken, IDS, SEQ)
+        prefill(model, IDS, SEQ)
 
 
 def test_append_drops_what_is_too_early_and_fills_in() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make import make_snapshot
+from make import make_snapshot, shrunk
 
 from kvcli.budget import Budget
 from kvcli.errors import KvError
@@ -14,8 +14,7 @@ from kvcli.metrics import output_error
 from kvcli.pipeline import carry_out, make_plans, protect
 from kvcli.recipe import Recipe
 from kvcli.registry import Ask, named, stages
-from kvcli.snapshot import LayerKV, Snapshot, Stats
-from kvcli.storage import Reader
+from kvcli.snapshot import LayerKV, Stats
 
 SCORES = sorted({stage.name for stage in stages() if stage.kind == "score"})
 SHARES = sorted({stage.name for stage in stages() if stage.kind == "allocate"})
@@ -32,17 +31,10 @@ RECIPES += [f"{stage.after or 'snapkv'}+reduce={stage.name}" for stage in stages
 SIZES = {"layers": 2, "heads": 3, "q_heads": 6, "tokens": 83, "dim": 16}
 
 
-def compress(snapshot: Snapshot, recipe: str, budget: str, path: Path, **options: int) -> Snapshot:
-    plans = make_plans(snapshot, Recipe.parse(recipe), [Budget.parse(budget)], **options)
-    carry_out(snapshot, plans, [path], force=True)
-    assert path.stat().st_size == plans[0].outline.file_bytes
-    return Reader(path).snapshot()
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("budget", ["10%", "35%", "60", "0.99"])
 def test_count_is_exact_and_order_kept(recipe: str, budget: str, tmp_path: Path) -> None:
-    small = compress(make_snapshot(**SIZES), recipe, budget, tmp_path / "a.kv.safetensors")
+    small = shrunk(make_snapshot(**SIZES), recipe, tmp_path / "a.kv.safetensors", budget)
     each = Budget.parse(budget).per_head(83, 6, lambda n: n)
     assert sum(len(small.rows[i].k) for i in range(2)) == 2 * 3 * each
     for i in range(2):
@@ -57,7 +49,7 @@ def test_count_is_exact_and_order_kept(recipe: str, budget: str, tmp_path: Path)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_everything_kept_changes_nothing(recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:
     full = make_snapshot(**SIZES, dtype=dtype)
-    same = compress(full, recipe, "100%", tmp_path / "a.kv.safetensors")
+    same = shrunk(full, recipe, tmp_path / "a.kv.safetensors", "100%")
     for before, after in zip(full.rows, same.rows, strict=True):
         assert torch.equal(before.k.view(torch.uint8), after.k.view(torch.uint8))
         assert torch.equal(before.v.view(torch.uint8), after.v.view(torch.uint8))
@@ -69,13 +61,13 @@ def test_everything_kept_changes_nothing(recipe: str, dtype: torch.dtype, tmp_pa
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_equal_inputs_give_equal_bytes(recipe: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        compress(make_snapshot(**SIZES), recipe, "30%", tmp_path / f"{name}.kv.safetensors")
+        shrunk(make_snapshot(**SIZES), recipe, tmp_path / f"{name}.kv.safetensors")
     assert (tmp_path / "a.kv.safetensors").read_bytes() == (tmp_path / "b.kv.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_first_and_newest_tokens_stay(recipe: str, tmp_path: Path) -> None:
-    small = compress(make_snapshot(**SIZES), f"{recipe}+random:sink=3,recent=7", "25%", tmp_path / "a.kv.safetensors")
+    small = shrunk(make_snapshot(**SIZES), f"{recipe}+random:sink=3,recent=7", tmp_path / "a.kv.safetensors", "25%")
     for i in range(2):
         for pos, real in zip(small.layer(i).pos, small.layer(i).real, strict=True):
             assert {0, 1, 2, *range(76, 83)} <= set(pos[real].tolist())
@@ -83,7 +75,7 @@ def test_first_and_newest_tokens_stay(recipe: str, tmp_path: Path) -> None:
 
 def test_random_draws_anew_for_another_seed(tmp_path: Path) -> None:
     first, second = (
-        compress(make_snapshot(**SIZES), "random", "30%", tmp_path / "a.kv.safetensors", seed=seed) for seed in (1, 2)
+        shrunk(make_snapshot(**SIZES), "random", tmp_path / "a.kv.safetensors", seed=seed) for seed in (1, 2)
     )
     assert not torch.equal(first.rows[0].pos, second.rows[0].pos)
     assert not torch.equal(first.rows[0].pos, first.rows[1].pos)
@@ -91,7 +83,7 @@ def test_random_draws_anew_for_another_seed(tmp_path: Path) -> None:
 
 def test_floor_1_of_adakv_is_no_sharing(tmp_path: Path) -> None:
     shared, even = (
-        compress(make_snapshot(**SIZES), recipe, "30%", tmp_path / "a.kv.safetensors")
+        shrunk(make_snapshot(**SIZES), recipe, tmp_path / "a.kv.safetensors")
         for recipe in ("snapkv+adakv:floor=1", "snapkv")
     )
     for one, other in zip(shared.rows, even.rows, strict=True):
@@ -118,7 +110,7 @@ def test_a_byte_budget_that_holds_everything_drops_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize("size", ["14KB", "21KB"])
 def test_a_byte_budget_bounds_the_file(recipe: str, size: str, tmp_path: Path) -> None:
     path = tmp_path / "a.kv.safetensors"
-    compress(make_snapshot(**SIZES, dtype=torch.float32), recipe, size, path)
+    shrunk(make_snapshot(**SIZES, dtype=torch.float32), recipe, path, size)
     limit = Budget.parse(size).bytes or 0
     one_more = 2 * 3 * (16 * 2 * 4 + 12)
     assert limit - one_more - 600 < path.stat().st_size <= limit
@@ -126,11 +118,11 @@ def test_a_byte_budget_bounds_the_file(recipe: str, size: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("recipe", ["kvmerger", "snapkv+adakv", "random", "streamingllm"])
 def test_a_compressed_snapshot_compresses_again(recipe: str, tmp_path: Path) -> None:
-    once = compress(make_snapshot(**SIZES), "snapkv+adakv", "60%", tmp_path / "a.kv.safetensors", keep_stats=True)
-    twice = compress(once, recipe, "30%", tmp_path / "b.kv.safetensors", keep_stats=True)
+    once = shrunk(make_snapshot(**SIZES), "snapkv+adakv", tmp_path / "a.kv.safetensors", "60%", keep_stats=True)
+    twice = shrunk(once, recipe, tmp_path / "b.kv.safetensors", keep_stats=True)
     assert sum(len(rows.k) for rows in twice.rows) == 2 * 3 * 24
     assert [entry["budget"] for entry in twice.meta.history] == ["60%", "30%"]
-    third = compress(twice, "random", "90%", tmp_path / "c.kv.safetensors")
+    third = shrunk(twice, "random", tmp_path / "c.kv.safetensors", "90%")
     assert sum(len(rows.k) for rows in third.rows) == 2 * 3 * 24
     assert third.stats[0].present() == {}
 
@@ -142,7 +134,7 @@ def test_several_budgets_equal_one_at_a_time(name: str, tmp_path: Path) -> None:
     paths = [tmp_path / "a", tmp_path / "b"]
     carry_out(full, make_plans(full, recipe, budgets), paths)
     for budget, path in zip(("50%", "20%"), paths, strict=True):
-        compress(full, name, budget, tmp_path / "one")
+        shrunk(full, name, tmp_path / "one", budget)
         assert path.read_bytes() == (tmp_path / "one").read_bytes()
 
 

@@ -1,26 +1,23 @@
-"""KVMerger's modes: a threshold instead of a budget, widths, limits of runs, and which keys are averaged."""
+"""KVMerger's modes: a threshold instead of a budget, widths, and what all modes keep."""
 
 import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from make import make_snapshot
+from make import make_snapshot, shrunk
 from torch import Tensor
 
 from kvcli.budget import Budget
-from kvcli.errors import InfeasibleError, UsageError
+from kvcli.errors import UsageError
 from kvcli.kernels.adjacent import adjacent_cosine
-from kvcli.kernels.rope import rotate
 from kvcli.methods.kvmerger import kvmerger, kvmerger_score
-from kvcli.pipeline import carry_out, make_plans, protect
+from kvcli.pipeline import make_plans, protect
 from kvcli.recipe import Recipe
 from kvcli.registry import Ask, Scored
 from kvcli.snapshot import LayerKV, Rows, Snapshot, Stats
-from kvcli.storage import Reader
 
 FREQ = [1.0, 0.1, 0.01]
 ROPE = {"head_dim": 8, "inv_freq": FREQ}
@@ -45,13 +42,6 @@ def _walk(rows: Rows, tokens: int) -> Tensor:
     return rows.k.float().view(-1, tokens, 8).cumsum(1).flatten(0, 1)
 
 
-def compress(full: Snapshot, recipe: str, path: Path, budget: str = "", **options: Any) -> Snapshot:
-    parsed = Recipe.parse(recipe)
-    plans = make_plans(full, parsed, parsed.budgets([budget] if budget else []), **options)
-    carry_out(full, plans, [path], force=True)
-    return Reader(path).snapshot()
-
-
 def runs(size: int, count: int, total: int) -> tuple[Tensor, Tensor]:
     """Scores whose best `count` cut `total` entries into runs of `size`."""
     cut = torch.full((1, total), -1.0)
@@ -63,7 +53,7 @@ def runs(size: int, count: int, total: int) -> tuple[Tensor, Tensor]:
 
 
 def test_a_threshold_cuts_where_the_cosine_is_no_larger(tmp_path: Path) -> None:
-    small = compress(smooth(), "kvmerger:epsilon=0.9,max_run=0,sink=2,recent=5", tmp_path / "a")
+    small = shrunk(smooth(), "kvmerger:epsilon=0.9,max_run=0,sink=2,recent=5", tmp_path / "a", "")
     for i, rows in enumerate(smooth().rows):
         k = rows.k.view(2, 120, 8).double()
         cosine = torch.cosine_similarity(k[:, 1:], k[:, :-1], dim=-1)
@@ -95,10 +85,10 @@ def test_a_threshold_of_one_changes_nothing_and_below_minus_one_leaves_an_interv
     full = smooth(dtype=torch.float32)
     full.rows[0].k[:60] = full.rows[0].k[3] * torch.arange(1, 61)[:, None] / 7
     assert bool((adjacent_cosine(full.layer(0).k) > 1).any())  # by rounding
-    same = compress(full, "kvmerger:epsilon=1", tmp_path / "a")
+    same = shrunk(full, "kvmerger:epsilon=1", tmp_path / "a", "")
     for before, after in zip(full.rows, same.rows, strict=True):
         assert torch.equal(before.k, after.k) and torch.equal(before.v, after.v) and after.bias is None
-    few = compress(full, "kvmerger:epsilon=-1.5,max_run=0,recent=32", tmp_path / "b").layer(0)
+    few = shrunk(full, "kvmerger:epsilon=-1.5,max_run=0,recent=32", tmp_path / "b", "").layer(0)
     mass = full.stats[0].attn_mass
     assert mass is not None
     for h in range(2):
@@ -114,15 +104,15 @@ def test_long_runs_raise_the_count_of_a_threshold(tmp_path: Path) -> None:
     for rows in full.rows:
         rows.k[:] = 1.0
     for limit, text in ((10, ",max_run=10"), (64, "")):
-        small = compress(full, f"kvmerger:epsilon=0.5,sink=1,recent=1{text}", tmp_path / "a")
+        small = shrunk(full, f"kvmerger:epsilon=0.5,sink=1,recent=1{text}", tmp_path / "a", "")
         for i in range(2):
             span = small.layer(i).span
             assert span is not None and int(span.max()) <= limit and span.sum(1).tolist() == [120, 120]
 
 
 def test_a_threshold_compresses_what_is_compressed(tmp_path: Path) -> None:
-    once = compress(smooth(), "kvmerger+adakv", tmp_path / "a", "60%", keep_stats=True)
-    twice = compress(once, "kvmerger:epsilon=0.8,recent=4", tmp_path / "b")
+    once = shrunk(smooth(), "kvmerger+adakv", tmp_path / "a", "60%", keep_stats=True)
+    twice = shrunk(once, "kvmerger:epsilon=0.8,recent=4", tmp_path / "b", "")
     assert [len(rows.k) for rows in twice.rows] < [len(rows.k) for rows in once.rows]
     for i in range(2):
         span = twice.layer(i).span
@@ -179,11 +169,10 @@ def test_a_fixed_width() -> None:
 
 def test_a_narrow_width_keeps_the_pivots_and_a_wide_one_does_not(tmp_path: Path) -> None:
     wide, narrow, mean_ = (
-        compress(smooth(), f"kvmerger:sigma={sigma}", tmp_path / "a", "30%").rows[0].k
-        for sigma in ("1000000", "0.001", "mean")
+        shrunk(smooth(), f"kvmerger:sigma={sigma}", tmp_path / "a").rows[0].k for sigma in ("1000000", "0.001", "mean")
     )
     assert not torch.equal(wide, narrow) and not torch.equal(narrow, mean_)
-    pivots = compress(smooth(), "kvmerger:keys=pivot", tmp_path / "a", "30%").rows[0].k
+    pivots = shrunk(smooth(), "kvmerger:keys=pivot", tmp_path / "a").rows[0].k
     torch.testing.assert_close(narrow, pivots)
 
 
@@ -191,143 +180,6 @@ def test_a_narrow_width_keeps_the_pivots_and_a_wide_one_does_not(tmp_path: Path)
 def test_a_width_that_is_none_is_refused(sigma: str) -> None:
     with pytest.raises(UsageError):
         Recipe.parse(f"kvmerger:sigma={sigma}")
-
-
-# Limits of runs.
-
-
-@pytest.mark.parametrize("recipe", ["kvmerger", "kvmerger+adakv", "kvmerger+global"])
-@pytest.mark.parametrize("limit", [4, 9, 0])
-def test_no_run_is_longer_than_its_limit(recipe: str, limit: int, tmp_path: Path) -> None:
-    name, *more = recipe.split("+")
-    text = "+".join([f"{name}:max_run={limit},sink=2,recent=3", *more])
-    small, free = (compress(smooth(), one, tmp_path / "a", "35%") for one in (text, text.replace("run=4", "run=0")))
-    longest = max(int(rows.span.max()) for rows in small.rows if rows.span is not None)
-    assert longest <= limit or not limit
-    assert limit != 4 or max(int(rows.span.max()) for rows in free.rows if rows.span is not None) > 4
-    assert sum(len(rows.k) for rows in small.rows) == 4 * 42
-    for i in range(2):
-        kv = small.layer(i)
-        assert kv.span is not None and kv.span.sum(1).tolist() == [120, 120]
-        for h in range(2):
-            assert {0, 1, 117, 118, 119} <= set(kv.pos[h][kv.span[h] == 1].tolist())
-
-
-@pytest.mark.parametrize("budget", ["4", "7", "10"])
-@pytest.mark.parametrize("recipe", ["kvmerger", "kvmerger+global"])
-def test_a_limit_that_does_not_fit_names_one_that_does(budget: str, recipe: str, tmp_path: Path) -> None:
-    name, *more = recipe.split("+")
-    with pytest.raises(InfeasibleError) as caught:
-        compress(smooth(), "+".join([f"{name}:max_run=11,recent=0", *more]), tmp_path / "a", budget)
-    named = int(caught.value.fix.rpartition("=")[2])
-    small = compress(smooth(), "+".join([f"{name}:max_run={named},recent=0", *more]), tmp_path / "a", budget)
-    assert sum(len(rows.k) for rows in small.rows) == 4 * int(budget)
-    with pytest.raises(InfeasibleError):
-        compress(smooth(), "+".join([f"{name}:max_run={named - 1},recent=0", *more]), tmp_path / "a", budget)
-
-
-def test_a_budget_times_the_limit_below_the_tokens_is_infeasible(tmp_path: Path) -> None:
-    """Where nothing need be protected, exactly below."""
-    for limit, fits in ((12, True), (11, False)):
-        recipe = f"kvmerger:max_run={limit},sink=0,recent=0"
-        if fits:
-            compress(smooth(), recipe, tmp_path / "a", "10")
-        else:
-            with pytest.raises(InfeasibleError, match="do not fit"):
-                compress(smooth(), recipe, tmp_path / "b", "10")
-    assert not (tmp_path / "b").exists()
-
-
-def test_heads_whose_runs_need_more_get_more() -> None:
-    """In a ragged file a head may hold more entries than the limit times an even share."""
-    kv = layer(torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0)))
-    kv = replace(kv, pos=torch.where(torch.tensor([[True], [False]]) | (kv.pos < 6), kv.pos, -1))
-    asked, stats = ask(8, 60), Stats(attn_mass=torch.rand(2, 60))
-    scored = protect(kvmerger_score(kv, stats, asked, max_run=5), kv, asked)
-    assert scored.low.tolist()[0] >= 12
-    for name in ("uniform", "adakv", "global"):
-        count = Recipe.parse(f"kvmerger+allocate={name}").allocate([scored], 16, asked)[0]
-        small, _ = kvmerger(kv, stats, scored, count, asked, max_run=5)
-        assert small.span is not None and int(small.span.max()) <= 5 and int(small.lens.sum()) == 16
-
-
-def test_a_longer_limit_of_the_score_than_of_the_reduction_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InfeasibleError, match="max_run=2 "):
-        compress(smooth(), "score=kvmerger:max_run=0,recent=0+kvmerger:max_run=2", tmp_path / "a", "12")
-    assert not (tmp_path / "a").exists()
-
-
-# Keys.
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_pivots_key_stays_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    full = smooth(dtype=dtype)
-    small, rotated = (compress(full, f"kvmerger:keys={keys}", tmp_path / keys, "30%") for keys in ("pivot", "rotated"))
-    for before, after, other in zip(full.rows, small.rows, rotated.rows, strict=True):
-        head = torch.arange(2).repeat_interleave(after.lens)
-        assert torch.equal(after.k, before.k.view(2, 120, 8)[head, after.pos.long()])
-        assert torch.equal(after.v, other.v) and torch.equal(after.pos, other.pos) and not torch.equal(after.k, other.k)
-
-
-@pytest.mark.parametrize(
-    ("freq", "size", "share"),
-    [
-        (1.0, 2, 0.8776), (1.0, 3, 0.6935), (1.0, 4, 0.4742), (1.0, 8, 0.1973), (1.0, 16, 0.1290),
-        (0.1, 8, 0.9740), (0.1, 32, 0.6250),
-    ],
-)  # fmt: skip
-def test_averaging_rotated_keys_shrinks_them_and_averaging_unrotated_keys_does_not(
-    freq: float, size: int, share: float
-) -> None:
-    """Equal keys before rotation: one that is turned back and averaged is the pivot's own."""
-    plain = torch.tensor([3.0, -4.0]).expand(1, size, 2)
-    turned = rotate(plain, torch.arange(size).expand(1, -1), torch.tensor([freq]))
-    cut, count = runs(size, 1, size)
-    stats = Stats(attn_mass=torch.eye(size)[size // 2][None])
-    asked = replace(ask(1, size), rope={"head_dim": 2, "inv_freq": [freq]})
-    for keys, left in (("rotated", share), ("rerotate", 1.0), ("pivot", 1.0)):
-        small, pivot = kvmerger(layer(turned), stats, Scored(cut), count, asked, keys=keys, sigma=1e9)
-        assert float(small.k.norm()) == pytest.approx(5 * left, abs=5e-4)
-        if keys != "rotated":
-            torch.testing.assert_close(small.k[0, 0], turned[0, int(pivot)], atol=2e-6, rtol=0)
-
-
-def test_keys_turned_back_against_float64(tmp_path: Path) -> None:
-    """By the complex numbers of the definition, partial rotation included; entries on their own stay bit for bit."""
-    rng = torch.Generator().manual_seed(1)
-    k, v = torch.randn(2, 60, 8, generator=rng), torch.randn(2, 60, 3, generator=rng)
-    cut = torch.rand(2, 60, generator=rng)
-    cut[:, 0] = math.inf
-    stats = Stats(attn_mass=torch.rand(2, 60, generator=rng))
-    kv, count = LayerKV(k, v, layer(k).pos), torch.tensor([20, 20])
-    small, pivot = kvmerger(kv, stats, Scored(cut), count, ask(20, 60), keys="rerotate", sigma=2.0)
-    angle = torch.arange(60)[:, None] * torch.tensor(FREQ, dtype=torch.float64)
-    turn = torch.polar(torch.ones_like(angle), angle)  # [N, 3]
-    plain = torch.complex(k[..., :3].double(), k[..., 3:6].double()) / turn
-    whole = torch.cat([plain.real, plain.imag, k[..., 6:].double()], -1)
-    assert small.span is not None
-    for h in range(2):
-        ends = small.span[h].cumsum(0).tolist()
-        for run, (begin, end) in enumerate(pairwise([0, *ends])):
-            p = int(pivot[h, run])
-            weight = (-((whole[h, begin:end] - whole[h, p]).norm(dim=-1) ** 2) / 8).exp()
-            mean = (weight / weight.sum()) @ whole[h, begin:end]
-            back = torch.complex(mean[:3], mean[3:6]) * turn[p]
-            expected = torch.cat([back.real, back.imag, mean[6:]])
-            torch.testing.assert_close(small.k[h, run].double(), expected, atol=2e-5, rtol=0)
-            torch.testing.assert_close(small.v[h, run].double(), (weight / weight.sum()) @ v[h, begin:end].double())
-            assert end - begin > 1 or torch.equal(small.k[h, run], k[h, begin])
-
-
-@pytest.mark.parametrize("freq", [None, [], ["1.0"], [1.0, math.nan], [1.0] * 5, "1.0", 1.0])
-def test_without_frequencies_no_key_is_turned_back(freq: object, tmp_path: Path) -> None:
-    full = smooth()
-    rope = {"rope_type": "longrope", "head_dim": 8, "inv_freq": freq}
-    strange = replace(full, meta=replace(full.meta, rope=rope))
-    with pytest.raises(InfeasibleError, match="longrope"):
-        make_plans(strange, Recipe.parse("kvmerger:keys=rerotate"), [Budget.parse("30%")])
-    make_plans(strange, Recipe.parse("kvmerger:keys=pivot"), [Budget.parse("30%")])
 
 
 # What all modes keep.

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from make import shrunk
 from ratios import attending, largest_allocation
-from tiny import tiny_model
 from transformers import DynamicCache
 
-from kvcli.budget import Budget
 from kvcli.errors import InfeasibleError, KvError
 from kvcli.meta import Layout
 from kvcli.model.attend import attend
@@ -16,23 +15,10 @@ from kvcli.model.cache import make_cache, named
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill, probe
 from kvcli.model.resume import Prefix, Sampling, answer, compare, logits
-from kvcli.pipeline import carry_out, make_plans
-from kvcli.recipe import Recipe
 from kvcli.snapshot import Rows, Snapshot
-from kvcli.storage import Reader
 
 IDS = torch.randint(5, 290, (150,), generator=torch.Generator().manual_seed(0)).tolist()
 MORE = [7, 99, 230, 41]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def model(folder: Path) -> Model:
-    return load(str(folder), dtype="float32")
 
 
 @pytest.fixture
@@ -42,11 +28,6 @@ def eager(folder: Path) -> Model:
 
 def read(model: Model, chunk: int = 1024) -> Snapshot:
     return prefill(model, IDS, (3, "\n", True), chunk=chunk)
-
-
-def shrunk(snapshot: Snapshot, recipe: str, path: Path) -> Snapshot:
-    carry_out(snapshot, make_plans(snapshot, Recipe.parse(recipe), [Budget.parse("30%")]), [path])
-    return Reader(path).snapshot()
 
 
 @pytest.mark.parametrize("chunk", [1024, 64, 1])

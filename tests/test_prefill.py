@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from make import opened
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from kvcli.cli import run
-from kvcli.storage import open_snapshot
 
 TEXT = "The harbour opened at six. " * 12 + "The new ferry is called Kestrel.\n"
 PREFILL = ["prefill", "--model", "model"]
@@ -95,7 +95,7 @@ def test_a_document_appended(work: Path, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr()
         line = ["prefill", "b.txt", "--onto", onto, "--model", "model", "-o", "ab.kv.safetensors", "-f"]
         (row,) = rows(capsys, *line[1:3], onto, *line[6:])
-        before, after = open_snapshot(onto), open_snapshot("ab.kv.safetensors")
+        before, after = opened(onto), opened("ab.kv.safetensors")
         assert row["tokens_reused"] == before.meta.seq.tokens < row["tokens"] == after.meta.seq.tokens
         added = after.ids[before.meta.seq.tokens :].tolist()
         assert bytes(after.ids[: len(before.ids)].numpy()) == bytes(before.ids.numpy()) and len(added) > 5
@@ -116,7 +116,7 @@ def test_another_model_appends_nothing(work: Path, capsys: pytest.CaptureFixture
 def test_a_likely_question(work: Path) -> None:
     assert run([*PREFILL, "a.txt", "-o", "a.kv.safetensors"]) == 0
     assert run([*PREFILL, "a.txt", "--probe", "Who?", "-o", "aimed.kv.safetensors"]) == 0
-    plain, aimed = open_snapshot("a.kv.safetensors"), open_snapshot("aimed.kv.safetensors")
+    plain, aimed = opened("a.kv.safetensors"), opened("aimed.kv.safetensors")
     assert aimed.meta == plain.meta
     N, positions = plain.meta.seq.tokens, aimed.stats[0].q_last_pos
     assert positions is not None and positions[0] == N and len(positions) > len("Who?")  # the template's tail follows
@@ -131,7 +131,7 @@ def test_a_document_that_is_too_long(work: Path, capsys: pytest.CaptureFixture[s
     assert run([*PREFILL, "long.txt", "--truncate", "-o", "x.kv.safetensors"]) == 0
     seen = capsys.readouterr().err
     assert "warning: long.txt: cut to 448 tokens" in seen and "harbour" in seen
-    assert open_snapshot("x.kv.safetensors").meta.seq.tokens == 448
+    assert opened("x.kv.safetensors").meta.seq.tokens == 448
     assert run([*PREFILL, "b.txt", "--truncate", "-o", "y.kv.safetensors"]) == 0
     assert "cut" not in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def test_odd_text_is_read_to_the_letter(work: Path, capsys: pytest.CaptureFixtur
     (work / "odd.txt").write_bytes(b"\xef\xbb\xbf" + ODD_TEXT[name].encode())
     assert run([*PREFILL, "odd.txt", "--raw", "-o", "x.kv.safetensors"]) == 0
     assert "warning" not in capsys.readouterr().err
-    ids = open_snapshot("x.kv.safetensors").ids.tolist()
+    ids = opened("x.kv.safetensors").ids.tolist()
     assert tiny_tokenizer().decode(ids) == ODD_TEXT[name] + "\n"
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from make import make_snapshot, packed
+from make import make_snapshot, opened, packed
 from test_storage import rebuilt
 from torch import Tensor
 
 from kvcli.errors import FormatError
 from kvcli.header import read_header
 from kvcli.snapshot import check_finite
-from kvcli.storage import Reader, open_snapshot, verify
+from kvcli.storage import Reader, verify
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -37,8 +37,8 @@ def test_reading_names_the_layer_that_is_not_finite(part: str) -> None:
     tensor = getattr(snapshot.rows[1], part).clone()
     tensor.view(-1)[-1] = torch.nan
     raw = packed(replace(snapshot, rows=[snapshot.rows[0], replace(snapshot.rows[1], **{part: tensor})]))
-    _ = open_snapshot(io.BytesIO(raw)).rows[0]
-    for look in (lambda: open_snapshot(io.BytesIO(raw)).rows[1], lambda: verify(io.BytesIO(raw))):
+    _ = opened(io.BytesIO(raw)).rows[0]
+    for look in (lambda: opened(io.BytesIO(raw)).rows[1], lambda: verify(io.BytesIO(raw))):
         with pytest.raises(FormatError, match=f"layer 1: {part} "):
             look()
 

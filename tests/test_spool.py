@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make import make_snapshot, packed, same_snapshot
+from make import make_snapshot, opened, packed, same_snapshot
 
 from kvcli.errors import FormatError, StorageError
 from kvcli.header import Spec, encode_header
 from kvcli.layers import spec_of
 from kvcli.spool import header_of
-from kvcli.storage import Writer, open_snapshot, verify, write_snapshot
+from kvcli.storage import Writer, verify, write_snapshot
 
 
 def test_a_pipe_carries_a_snapshot() -> None:
@@ -30,7 +30,7 @@ def test_a_pipe_carries_a_snapshot() -> None:
     thread = threading.Thread(target=send)
     thread.start()
     with os.fdopen(r, "rb") as source:
-        same_snapshot(snapshot, open_snapshot(source))
+        same_snapshot(snapshot, opened(source))
     thread.join()
 
 
@@ -85,7 +85,7 @@ def test_a_broken_pipe_passes_through() -> None:
 def test_a_foreign_pipe_is_refused_at_once() -> None:
     head = encode_header([Spec("weight", "U8", (10**12,))], {"format": "pt"})
     with pytest.raises(FormatError, match="not a kvcli snapshot"):
-        open_snapshot(io.BytesIO(head))
+        opened(io.BytesIO(head))
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(raw[:-1])
     for source in (tmp_path / "a", tmp_path / "b", tmp_path, tmp_path / "c", io.BytesIO(raw), io.BytesIO(raw[:-1])):
         with suppress(FormatError, StorageError):
-            _ = open_snapshot(source).rows[0]
+            _ = opened(source).rows[0]
     assert count() == before
 
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "none\n", tmp_path, tmp_path / "file" / "x", str(tmp_path / "none")):
         with pytest.raises(StorageError) as caught:
-            open_snapshot(path)
+            opened(path)
         assert tmp_path.name in caught.value.what and caught.value.what.isprintable() and caught.value.why
 
 
@@ -197,7 +197,7 @@ def test_a_limit_met_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(StorageError, match="cannot write"):
             write_snapshot(make_snapshot(), tmp_path / "a")
         with pytest.raises(StorageError, match="copy") as caught:
-            open_snapshot(io.BytesIO(raw))
+            opened(io.BytesIO(raw))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "TMPDIR" in caught.value.fix and not list(tmp_path.iterdir())

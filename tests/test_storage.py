@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import make_snapshot, packed, same, same_snapshot
+from make import make_snapshot, opened, packed, same, same_snapshot
 from safetensors.torch import load_file
 from torch import Tensor
 from xxhash import xxh3_128
@@ -22,7 +22,7 @@ from kvcli.errors import FormatError
 from kvcli.header import Spec, encode_header, read_header
 from kvcli.layers import encoder, layer_specs, layer_tensors, spec_of, with_digest
 from kvcli.snapshot import Stats
-from kvcli.storage import Reader, Writer, open_snapshot, verify, write_snapshot
+from kvcli.storage import Reader, Writer, verify, write_snapshot
 
 TINY: dict[str, Any] = {"layers": 1, "heads": 2, "q_heads": 2, "tokens": 3, "dim": 1, "stats": False, "ragged": True}
 
@@ -56,7 +56,7 @@ def test_round_trip(sizes: tuple[int, ...], dtype: torch.dtype, kind: tuple[bool
     snapshot = make_snapshot(*sizes, dtype, *kind)
     raw = packed(snapshot)
     assert raw == packed(make_snapshot(*sizes, dtype, *kind))
-    back = open_snapshot(io.BytesIO(raw))
+    back = opened(io.BytesIO(raw))
     same_snapshot(snapshot, back)
     assert packed(back) == raw
 
@@ -67,7 +67,7 @@ def test_tensors_larger_than_a_block(tmp_path: Path, block: int, monkeypatch: py
     monkeypatch.setattr(storage, "BLOCK", block)
     write_snapshot(make_snapshot(), path)
     assert path.read_bytes() == whole
-    same_snapshot(open_snapshot(path), make_snapshot())
+    same_snapshot(opened(path), make_snapshot())
     verify(path)
 
 
@@ -77,7 +77,7 @@ def test_any_safetensors_reader_opens_it(tmp_path: Path, ragged: bool) -> None:
     path = tmp_path / "a.kv.safetensors"
     write_snapshot(snapshot, path)
     assert path.read_bytes() == packed(snapshot)
-    same_snapshot(snapshot, open_snapshot(path))
+    same_snapshot(snapshot, opened(path))
     tensors = load_file(path)
     for i, rows in enumerate(snapshot.rows):
         assert torch.equal(tensors[f"L00{i}.k"].reshape(rows.k.shape), rows.k)
@@ -87,9 +87,9 @@ def test_any_safetensors_reader_opens_it(tmp_path: Path, ragged: bool) -> None:
 
 
 def test_positions_and_features_are_stored_only_where_needed() -> None:
-    plain = open_snapshot(io.BytesIO(packed(make_snapshot()))).meta
+    plain = opened(io.BytesIO(packed(make_snapshot()))).meta
     assert plain.requires == ()
-    both = open_snapshot(io.BytesIO(packed(make_snapshot(ragged=True, bias=True)))).meta
+    both = opened(io.BytesIO(packed(make_snapshot(ragged=True, bias=True)))).meta
     assert both.requires == ("bias", "ragged", "span")
     assert b"L000.pos" not in packed(make_snapshot()) and b"L000.pos" in packed(make_snapshot(ragged=True))
 
@@ -120,7 +120,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     entry = read_header(io.BytesIO(raw)).by_name["L001.v"]
     damaged = raw[: entry.start] + bytes([raw[entry.start] ^ 1]) + raw[entry.start + 1 :]
     path.write_bytes(damaged)
-    snapshot = open_snapshot(path)
+    snapshot = opened(path)
     _ = snapshot.rows[0]
     for look in (lambda: snapshot.rows[1], lambda: verify(path)):
         with pytest.raises(FormatError, match=r"L001\.v"):
@@ -135,7 +135,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_snapshot(make_snapshot(), path)
-    snapshot = open_snapshot(path)
+    snapshot = opened(path)
     os.truncate(path, 2000)
     with pytest.raises(FormatError, match="shorter"):
         _ = snapshot.rows[1]
@@ -159,7 +159,7 @@ def test_impossible_entries_are_refused(case: str) -> None:
     raw = packed(make_snapshot(**TINY))  # heads of 1 and 3 entries
     read_all(io.BytesIO(rebuilt(raw, {})))
     raw = rebuilt(raw, {}, **{name: torch.tensor(numbers, dtype=torch.int32)})
-    looks: list[Callable[[], Any]] = [lambda: verify(io.BytesIO(raw)), lambda: open_snapshot(io.BytesIO(raw)).rows[0]]
+    looks: list[Callable[[], Any]] = [lambda: verify(io.BytesIO(raw)), lambda: opened(io.BytesIO(raw)).rows[0]]
     for look in looks:
         with pytest.raises(FormatError, match=name):
             look()
@@ -171,8 +171,8 @@ def test_newer_files() -> None:
         with pytest.raises(FormatError):
             Reader(io.BytesIO(rebuilt(raw, metadata)))
     more = {"something": torch.arange(3.0), "L000.stat.new": torch.ones((), dtype=torch.bool), "stat.x": torch.empty(0)}
-    snapshot = open_snapshot(io.BytesIO(rebuilt(raw, {"kvcli.format": "1.9", "kvcli.hint": "x", "tool": "y"}, **more)))
-    again = open_snapshot(io.BytesIO(packed(snapshot)))
+    snapshot = opened(io.BytesIO(rebuilt(raw, {"kvcli.format": "1.9", "kvcli.hint": "x", "tool": "y"}, **more)))
+    again = opened(io.BytesIO(packed(snapshot)))
     assert again.meta.unknown == {"kvcli.hint": "x", "tool": "y"}
     assert set(again.extra) == {*make_snapshot().extra, *more}
     assert all(torch.equal(again.extra[name], tensor) for name, tensor in more.items())
@@ -196,10 +196,10 @@ def test_an_encoded_layer_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, tensor in tensors.items():
             writer.put(name, tensor)
     assert writer.size == len(out.getvalue())
-    back = open_snapshot(io.BytesIO(out.getvalue()))
+    back = opened(io.BytesIO(out.getvalue()))
     same(back.rows[1], snapshot.rows[1])
     with pytest.raises(FormatError, match=r"L000\.k\.q"):
-        open_snapshot(io.BytesIO(rebuilt(out.getvalue(), {}, **{"L000.k.q": torch.zeros(3)})))
+        opened(io.BytesIO(rebuilt(out.getvalue(), {}, **{"L000.k.q": torch.zeros(3)})))
     encoder.cache_clear()
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from make import make_snapshot, packed
+from make import make_snapshot, opened, packed
 from safetensors.torch import save_file
 from test_storage import rebuilt
 from tiny import tiny_model
 from xxhash import xxh3_128_hexdigest
 
 from kvcli.cli import main, run
-from kvcli.storage import Writer, open_snapshot
+from kvcli.storage import Writer
 
 READERS = {
     "compress": "compress FILE -m random -b 50% -o out",
@@ -108,7 +108,7 @@ def test_numbers_that_are_none_are_refused_by_layer(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str
 ) -> None:
     raw = (work / "a").read_bytes()
-    values = open_snapshot(io.BytesIO(raw)).layer(1).v.clone()
+    values = opened(io.BytesIO(raw)).layer(1).v.clone()
     values[1, 7, 3] = torch.inf
     (tmp_path / "bad").write_bytes(rebuilt(raw, {}, **{"L001.v": values}))
     refused(capsys, READERS[reader].replace("FILE", str(tmp_path / "bad")), 4, "layer 1: v holds NaN or infinity")
@@ -118,7 +118,7 @@ def test_tokens_the_model_does_not_know_are_refused(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = (work / "a").read_bytes()
-    snapshot = open_snapshot(io.BytesIO(raw))
+    snapshot = opened(io.BytesIO(raw))
     ids = snapshot.ids.clone()
     ids[3] = 300
     meta = snapshot.meta
