@@ -1,6 +1,5 @@
 """Compression in two passes: score, protect, allocate; then reduce, encode, measure, write. One layer at a time."""
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -51,16 +50,15 @@ def make_plans(
     Raises InfeasibleError for a missing statistic, a budget that cannot be met or nothing to compress, KvError for
     layers that are not finite.
     """
-    if not all((budget is not None) == recipe.takes_budget for budget in budgets):
-        raise ValueError(
-            f"budgets are those of recipe.budgets; {recipe} takes {'one' if recipe.takes_budget else 'none'}"
-        )
-    stats = [hollow(snapshot.stats[i]) for i in range(len(snapshot.rows))] if keep_stats else []
+    stats = [hollow(part) for part in snapshot.stats] if keep_stats else []
     entries = [
         {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}
         for budget in budgets
     ]
-    asks = [_ask(snapshot, recipe, budget, stats, entry) for budget, entry in zip(budgets, entries, strict=True)]
+    sliding = _sliding(snapshot)
+    asks = [
+        _ask(snapshot, recipe, budget, stats, sliding, entry) for budget, entry in zip(budgets, entries, strict=True)
+    ]
     lens: list[Tensor] = []
     scored: list[list[Scored | None]] = [[] for _ in asks]
     for i in range(len(snapshot.rows)):
@@ -102,7 +100,7 @@ def carry_out(
             del kv, stats
             tick(i + 1, len(snapshot.rows))
         for out, report in zip(outs, reports, strict=True):
-            for name, tensor in _globals(snapshot, report).items():
+            for name, tensor in {**snapshot.lasting, "report": report}.items():
                 out.put(name, tensor)
     return reports
 
@@ -128,26 +126,34 @@ def _sliding(snapshot: Snapshot) -> dict[int, Tensor]:
     return {i: snapshot.rows[i].lens for i in range(len(snapshot.rows)) if i not in snapshot.meta.held}
 
 
-def _ask(snapshot: Snapshot, recipe: Recipe, budget: Budget | None, stats: Sequence[Stats], entry: Json) -> Ask:
-    meta, sliding = snapshot.meta, _sliding(snapshot)
-    N, H, L, lead = meta.seq.tokens, meta.layout.heads, len(meta.held), meta.seq.lead
+def _ask(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    budget: Budget | None,
+    stats: Sequence[Stats],
+    sliding: dict[int, Tensor],
+    entry: Json,
+) -> Ask:
+    if (budget is not None) != recipe.takes_budget:
+        raise ValueError(f"budgets are those of recipe.budgets, not {budget} for {recipe}")
+    meta, layout = snapshot.meta, snapshot.meta.layout
+    N, H, L, lead = meta.seq.tokens, layout.heads, len(meta.held), meta.seq.lead
 
     def size_of(B: int) -> int:
         # Heads that differ, so that the lengths of the heads are counted too; all of everything is laid out as it is.
         uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B < N else [B] * H)
-        counts = [sliding.get(i, uneven) for i in range(meta.layout.layers)]
+        counts = [sliding.get(i, uneven) for i in range(layout.layers)]
         outline = _outline(snapshot, recipe if B < N else evicting(recipe), counts, stats, entry)
         return outline.file_bytes + (8 * len(outline.specs) if B < N else 0)  # another distribution's longer offsets
 
     B = budget.per_head(N, L * H, size_of) if budget else N
-    sink, recent = protection(B, lead)
-    sink, recent = (sink if recipe.sink is None else recipe.sink), (recent if recipe.recent is None else recipe.recent)
+    pairs = zip((recipe.sink, recipe.recent), protection(B, lead), strict=True)
+    sink, recent = (usual if given is None else given for given, usual in pairs)
     if sink + recent > B and B < N:
         raise InfeasibleError(
             f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head",
             fix="raise the budget or protect less",
         )
-    layout = meta.layout
     ask = Ask(-1, L, L * H * B, B, N, sink, recent, lead, layout.scale, entry["seed"], layout.softcap, meta.rope)
     for step in recipe.steps:
         if "check" in step.stage.parts:
@@ -180,9 +186,7 @@ def _check_stats(recipe: Recipe, stats: Stats, layer: int, compressed: bool) -> 
             "compressed files drop their statistics unless made with --keep-stats" if compressed else "",
             f"kvcli prefill DOC records {', '.join(missing)}" + (again if compressed else ""),
         )
-    for need in recipe.needs:
-        if not bool(getattr(stats, need).isfinite().all()):
-            raise KvError(f"layer {layer}: the statistic {need} holds NaN or infinity", fix="prefill again")
+    check_finite(layer, **{need: getattr(stats, need) for need in recipe.needs})
 
 
 def _allocate(
@@ -211,16 +215,8 @@ def _outline(
     of = snapshot.meta.seq.tokens * snapshot.meta.layout.heads * len(held)
     entry = {**entry, "entries": sum(int(counts[i].sum()) for i in held), "of": of}
     meta = replace(snapshot.meta, history=(*snapshot.meta.history, entry), encode=recipe.encode.text)
-    extra = _globals(snapshot, torch.empty(len(counts), 4))
+    extra = {**snapshot.lasting, "report": torch.empty(len(counts), 4)}
     return Outline.of(meta, counts, frozenset(parts), stats, extra)
-
-
-def _globals(snapshot: Snapshot, report: Tensor) -> dict[str, Tensor]:
-    """Tensors of the whole file; what a later version keeps of a layer (`L000.stat.*`) no longer fits its entries."""
-    whole = {
-        name: part for name, part in snapshot.extra.items() if name != "report" and not re.match(r"L[0-9]+\.", name)
-    }
-    return {**whole, "report": report}
 
 
 def _write_layer(plan: Plan, i: int, kv: LayerKV, stats: Stats, out: Writer) -> Tensor:  # -> [4]

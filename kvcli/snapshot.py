@@ -1,5 +1,6 @@
 """The snapshot as a value: padded heads and flat rows, statistics, and the whole; knows tensors, no files."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -190,6 +191,11 @@ class Snapshot:
     rows: Sequence[Rows]
     stats: Sequence[Stats]
     extra: Mapping[str, Tensor]
+
+    @property
+    def lasting(self) -> dict[str, Tensor]:
+        """What of `extra` still holds when entries change: no report, nothing that a later version keeps of a layer."""
+        return {name: part for name, part in self.extra.items() if not re.fullmatch(r"report|L[0-9]+\..*", name)}
 
     def layer(self, index: int) -> LayerKV:
         """Layer `index` with padded heads."""

@@ -190,6 +190,8 @@ def test_what_does_not_belong_together_is_refused(folder: Path, model: Model) ->
     half.layers[1].keys = half.layers[1].keys.half()
     short = filled(net, IDS)
     del short.layers[1]
+    damaged = filled(net, IDS)
+    damaged.layers[1].values.data[0, 0, 40, 3] = torch.nan
     for made, ids, says in (
         (cache, early, "belong together"),
         (cache, late, "belong together"),
@@ -198,6 +200,7 @@ def test_what_does_not_belong_together_is_refused(folder: Path, model: Model) ->
         (static, IDS, "StaticLayer"),
         (half, IDS, "float16"),
         (short, IDS, "1 layers"),
+        (damaged, IDS, "layer 1: v holds NaN"),
         (DynamicCache(), IDS, "0 layers"),
         (cache, [IDS, IDS], "not one sequence"),
     ):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import MismatchError, UsageError
+from ..errors import UsageError
 from . import streams
 from .answers import Facts, Talk, ask, judge, save, total
 from .questions import check_options, continuation, questions
@@ -57,7 +57,7 @@ def command(file: str | None, **options: Any) -> None:
     target = streams.target(options["save"], "", options["force"]) if options["save"] else None
     origin = streams.source(file, ui)
     with _reader(ui, origin) as reader:
-        talk, facts = _begin(ui, reader, options)
+        talk, facts = _begin(ui, reader, streams.shown(origin), options)
         turns = [ask(talk, row) for row in rows]
         facts |= total(turns) if text is None else judge(talk, text)
         if target:
@@ -77,7 +77,7 @@ def _reader(ui: Ui, origin: streams.Source) -> "Reader":
             return Reader(origin)
 
 
-def _begin(ui: Ui, reader: "Reader", options: Mapping[str, Any]) -> tuple[Talk, Facts]:
+def _begin(ui: Ui, reader: "Reader", name: str, options: Mapping[str, Any]) -> tuple[Talk, Facts]:
     snapshot = reader.snapshot()
     with ui.phases() as phase:
         phase("loading transformers")
@@ -91,28 +91,23 @@ def _begin(ui: Ui, reader: "Reader", options: Mapping[str, Any]) -> tuple[Talk, 
         prefix = Prefix.read(snapshot, model)
         reader.verify()
         seconds = time.perf_counter() - start
-        full = _against(options["against"], snapshot, model)
+        full = _against(options["against"], snapshot, name, model)
     drawn = (options[name] for name in ("tokens", "temperature", "top_p", "top_k", "seed", "stop"))
     facts = {"model": model.id, "file_bytes": reader.header.size, "tokens_reused": prefix.tokens}
     facts |= {"entries": sum(len(rows.k) for rows in prefix.rows), "load_seconds": seconds}
     return Talk(ui, model, prefix, full, Sampling(*drawn), options["jsonl"], bool(options["save"])), facts
 
 
-def _against(path: str | None, snapshot: "Snapshot", model: "Model") -> "Prefix | None":
+def _against(path: str | None, snapshot: "Snapshot", name: str, model: "Model") -> "Prefix | None":
     if path is None:
         return None
+    from ..diff import check_same
     from ..model.resume import Prefix
     from ..storage import Reader
 
     with Reader(Path(path)) as reader:
-        mine, other = snapshot.meta, reader.meta
-        if other.seq.ids_hash != mine.seq.ids_hash:
-            raise MismatchError(f"{path} is a snapshot of another document", fix="name the full one it was made from")
-        if (other.model.get("weights"), other.layout) != (mine.model.get("weights"), mine.layout):
-            raise MismatchError(
-                f"{path} was made with another model or precision", fix="name the full one it was made from"
-            )
-        if other.history:
+        check_same(snapshot.meta, reader.meta, (name, path))
+        if reader.meta.history:
             raise UsageError(f"{path} is compressed", "KL is measured against the full cache", "name the full snapshot")
         return Prefix.read(reader.snapshot(), model)
 

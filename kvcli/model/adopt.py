@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InfeasibleError, MismatchError, UsageError
-from ..snapshot import LayerKV, Rows, Snapshot, Stats
+from ..snapshot import LayerKV, Rows, Snapshot, Stats, check_finite
 from .extend import extend
 from .identity import NEAR, NEAR_16_BIT
 from .load import Model
@@ -56,6 +56,7 @@ def _pair(i: int, layer: Any, tokens: int, model: Model) -> Pair:
         raise UsageError(f"layer {i} of the cache holds {k.shape[2]} tokens, there are {tokens} ids", why)
     if k.dtype != model.net.dtype:
         raise InfeasibleError(f"the cache is {k.dtype}, the model computes in {model.net.dtype}")
+    check_finite(i, k=k, v=v)
     return k[0].detach().cpu(), v[0].detach().cpu()
 
 

@@ -1,6 +1,5 @@
 """Further tokens behind a snapshot: appended to it, or only asking what it holds."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -36,10 +35,10 @@ def extend(
     if not len(tokens):
         raise UsageError("there is nothing to append")
     _check_room(model, meta.seq.next_pos, len(tokens))
-    old = [snapshot.rows[i] for i in range(len(snapshot.rows))]
+    old = list(snapshot.rows)
     layers = [
-        ObservedLayer(len(tokens), window, _placed(model, rows), meta.seq.next_pos, snapshot.stats[i])
-        for i, (rows, window) in enumerate(zip(old, windows(model.config), strict=True))
+        ObservedLayer(len(tokens), window, _placed(model, rows), meta.seq.next_pos, stats)
+        for rows, window, stats in zip(old, windows(model.config), snapshot.stats, strict=True)
     ]
     hidden = read(model, layers, tokens, chunk, tick)
     rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(old, layers, strict=True)]
@@ -50,9 +49,8 @@ def extend(
     meta = replace(
         meta, seq=seq, layout=replace(meta.layout, kinds=kinds), encode="raw", rope=rope_of(model, every, layers)
     )
-    extra = {name: part for name, part in snapshot.extra.items() if not re.fullmatch(r"report|L[0-9]+\..*", name)}
-    final = hidden[-1].cpu()
-    return Snapshot(meta, every, rows, [layer.stats() for layer in layers], {**extra, "stat.final_hidden": final})
+    extra = {**snapshot.lasting, "stat.final_hidden": hidden[-1].cpu()}
+    return Snapshot(meta, every, rows, [layer.stats() for layer in layers], extra)
 
 
 class _Asking(Layer):
@@ -75,11 +73,10 @@ def aim(model: Model, snapshot: Snapshot, ids: Sequence[int], *, chunk: int = 10
     """
     start, held = snapshot.meta.seq.next_pos, snapshot.meta.held
     _check_room(model, start, len(ids))
-    rows = [snapshot.rows[i] for i in range(len(snapshot.rows))]
+    rows, stats = list(snapshot.rows), list(snapshot.stats)
     spans = windows(model.config)
     layers = [_Asking(_placed(model, part), start, window) for part, window in zip(rows, spans, strict=True)]
     read(model, layers, torch.tensor(ids, dtype=torch.int32), chunk)
-    stats = [snapshot.stats[i] for i in range(len(rows))]
     pos = torch.arange(start, start + len(ids), dtype=torch.int32)[-WINDOW:]
     for i in held:
         q = torch.cat(layers[i].asked, 1)[:, -WINDOW:].to("cpu", rows[i].k.dtype)

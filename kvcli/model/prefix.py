@@ -30,7 +30,7 @@ class Prefix:
     @classmethod
     def read(cls, snapshot: Snapshot, model: Model) -> "Prefix":
         """Read every layer once, straight into the memory it is used from."""
-        rows = [place(snapshot.rows[i], model.device, model.net.dtype) for i in range(len(snapshot.rows))]
+        rows = [place(part, model.device, model.net.dtype) for part in snapshot.rows]
         seq = snapshot.meta.seq
         return cls(rows, seq.next_pos, seq.tail, seq.chat, snapshot.extra.get("stat.final_hidden"))
 
