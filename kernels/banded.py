@@ -105,9 +105,9 @@ def _flashed(
     H, G, B, _ = q.shape
     mask = None if bias is None else bias[:, None, None]
     if bool(hidden.any()):
-        mask = (0.0 if mask is None else mask) + torch.zeros(B, k.shape[1]).masked_fill(hidden, -math.inf)
-    if mask is not None:
-        mask = mask.expand(H, G, B, -1).reshape(1, H, G * B, -1)
+        mask = (0.0 if mask is None else mask) + torch.zeros(1, 1, B, k.shape[1]).masked_fill(hidden, -math.inf)
+    if mask is not None:  # one for all heads where no bias tells them apart
+        mask = mask.expand(-1, G, B, -1).reshape(1, len(mask), G * B, -1)
     out, lse = flash(q.reshape(1, H, G * B, -1), k[None], v[None], attn_mask=mask, scale=scale)
     blind = hidden.all(1)
     out, lse = out.reshape(H, G, B, -1), lse.reshape(H, G, B)
