@@ -27,8 +27,11 @@ class Sampling:
     seed: int = 0
     stops: tuple[str, ...] = ()  # texts that end an answer
 
-    def drawer(self, device: torch.device) -> Callable[[Tensor], int]:
-        """A function that draws a token from logits [1, V], through the processors `generate` would use."""
+    def drawer(self) -> Callable[[Tensor], int]:
+        """A function that draws a token from logits [1, V], through the processors `generate` would use.
+
+        Drawn on the CPU, where a seed means the same whatever device the logits come from.
+        """
         if self.temperature < COLDEST:
             return lambda logits: int(logits.argmax())
         warp = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
@@ -36,8 +39,8 @@ class Sampling:
             warp.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             warp.append(TopPLogitsWarper(self.top_p))
-        rng, none = torch.Generator(device).manual_seed(self.seed), torch.zeros(1, 0, dtype=torch.long, device=device)
-        return lambda logits: int(torch.multinomial(warp(none, logits.float()).softmax(-1), 1, generator=rng))
+        rng, none = torch.Generator().manual_seed(self.seed), torch.zeros(1, 0, dtype=torch.long)
+        return lambda logits: int(torch.multinomial(warp(none, logits.cpu().float()).softmax(-1), 1, generator=rng))
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def answer(
     """
     check_room(model, prefix, len(ids), sampling.n)
     begin, first, cache = time.perf_counter(), 0.0, prefix.cache(model)
-    ends, draw = stop_ids(model.net, model.tokenizer, prefix.tail), sampling.drawer(model.net.device)
+    ends, draw = stop_ids(model.net, model.tokenizer, prefix.tail), sampling.drawer()
     speech, finish = Speech(model.tokenizer, sampling.stops, on_text), "length"
     made: list[int] = []
     logits = next(run(model, cache, ids, 1, chunk=1024)) if ids else opening(model, prefix)
