@@ -19,9 +19,14 @@ def output_error(
 ) -> Tensor:  # [Hq, R] float32
     """|o' - o| / |o| of every query and head, each attending causally over both caches."""
     full, other = (attend(q, q_pos, kv, scale, softcap, sink_logit) for kv in (before, after))
-    off: Tensor = vector_norm(other - full, dim=-1)
-    size: Tensor = vector_norm(full, dim=-1)
-    return off / size.clamp(min=1e-20)
+    return relative_error(other, full, -1)
+
+
+def relative_error(found: Tensor, wanted: Tensor, dim: int | tuple[int, ...]) -> Tensor:  # float32
+    """|found - wanted| / |wanted|, the norms taken over `dim`."""
+    found, wanted = found.float(), wanted.float()
+    error: Tensor = vector_norm(found - wanted, dim=dim) / vector_norm(wanted, dim=dim).clamp(min=1e-20)
+    return error
 
 
 def attend(

@@ -126,7 +126,7 @@ def _into_file(path: Path, size: int, force: bool) -> Iterator[Write]:
     with ExitStack() as stack:
         with blaming("write", path):
             if path.exists() and not force:
-                raise _exists(path)
+                raise exists(path)
             _sweep(path)
             f = stack.enter_context(temporary.open("xb", buffering=0))
             stack.callback(temporary.unlink, missing_ok=True)
@@ -158,7 +158,7 @@ def _publish(temporary: Path, path: Path, force: bool) -> None:
         try:
             path.hardlink_to(temporary)  # unlike a rename it never replaces
         except FileExistsError as cause:
-            raise _exists(path) from cause
+            raise exists(path) from cause
         except OSError:  # a file system without hard links
             if path.exists():
                 raise
@@ -197,8 +197,9 @@ def _pour(write: Callable[[memoryview], int | None], data: bytes | memoryview) -
         rest = rest[write(rest) :]
 
 
-def _exists(path: Path) -> StorageError:
-    return StorageError(f"{shown(path)} exists already", fix="use -f to replace it, or -o to name another file")
+def exists(path: Path) -> StorageError:
+    """The error for a file that is not to be replaced."""
+    return StorageError(f"{shown(path)} exists already", fix="use -f to replace it, or name another file")
 
 
 def shown(source: object) -> str:
@@ -209,6 +210,7 @@ def shown(source: object) -> str:
 
 @contextmanager
 def blaming(action: str, name: object) -> Iterator[None]:
+    """What the system refuses becomes a StorageError: cannot `action` `name`."""
     try:
         yield
     except BrokenPipeError:  # the reader has gone: not a failure of ours

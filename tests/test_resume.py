@@ -123,6 +123,7 @@ REFUSED = [
     ("full -p x -n 0", 2, "-n"),
     ("full -p x --temperature nan", 2, "--temperature"),
     ("full -p x --top-p nan", 2, "--top-p"),
+    ("full -p x --against raw", 5, "raw is a snapshot of another document than full"),
 ]
 
 

@@ -56,9 +56,11 @@ def target(file: str | None, derived: str, force: bool) -> Source:
         if sys.stdout.isatty():
             raise UsageError("a snapshot is bytes, and stdout is a terminal", fix="use -o FILE or a pipe")
         return sys.stdout.buffer
+    from ..spool import exists
+
     path = Path(file or derived)
     if path.is_file() and not force:
-        raise StorageError(f"{path} exists", "it is kept as it is", "use -f to overwrite it or -o for another name")
+        raise exists(path)
     if not os.access(path.parent, os.W_OK):
         raise StorageError(f"cannot write {path}", f"{path.parent} is not a folder that can be written to")
     return path
@@ -111,12 +113,13 @@ def waiting(origin: Source, ui: Ui, what: str = "a snapshot") -> Iterator[None]:
 
 def text_of(path: str) -> str:
     """The UTF-8 text of a file, or of stdin for `-`; raises StorageError, FormatError for what is no text."""
+    from ..spool import blaming
+
     name = "stdin" if path == "-" else path
-    try:
+    with blaming("read", name):
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
         text = data.decode("utf-8-sig")
-    except OSError as cause:
-        raise StorageError(f"cannot read {name}", str(cause.strerror)) from cause
     except UnicodeDecodeError as cause:
         marked = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         why = "it is UTF-16" if marked else f"byte {cause.start} cannot be decoded"

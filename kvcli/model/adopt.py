@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InfeasibleError, MismatchError, UsageError
+from ..metrics import relative_error
 from ..snapshot import LayerKV, Rows, Snapshot, Stats, check_finite
 from .extend import extend
 from .identity import NEAR, NEAR_16_BIT
@@ -73,8 +73,8 @@ def _compare(own: Snapshot, pairs: Sequence[Pair], start: int, model: Model) -> 
     for i, pair in enumerate(pairs):
         mine = own.layer(i)
         for a, b in zip((mine.k, mine.v), pair, strict=True):
-            a, b = a[:, start:].float(), b[:, start : mine.k.shape[1]].float()
-            error = float(vector_norm(a - b) / vector_norm(b).clamp(min=1e-30)) if a.shape == b.shape else torch.inf
+            a, b = a[:, start:], b[:, start : mine.k.shape[1]]
+            error = float(relative_error(a, b, (0, 1, 2))) if a.shape == b.shape else torch.inf
             if not error <= limit:
                 why = f"layer {i} differs by {error:.2g} from what the model makes of the ids"
                 raise MismatchError("cache, ids and model do not belong together", why)

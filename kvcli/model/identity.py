@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import MismatchError
 from ..layers import NAMES
 from ..meta import Json, Layout, Meta
+from ..metrics import relative_error
 from .convert import weight_files
 from .weights import weights_dtype, weights_hash
 
@@ -157,8 +158,7 @@ def _error(ours: Tensor, theirs: Tensor) -> float:  # [L, H, P, D] twice
     """Relative Frobenius error of the worst layer; infinite for NaN and for other shapes."""
     if ours.shape != theirs.shape:
         return float("inf")
-    a, b = ours.cpu().float().flatten(1), theirs.cpu().float().flatten(1)
-    error = (a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-30)
+    error = relative_error(ours.cpu(), theirs.cpu(), (1, 2, 3))
     return float(error.nan_to_num(float("inf"), float("inf")).max())
 
 

@@ -10,6 +10,7 @@ from transformers import Cache
 
 from ..kernels.rope import rotate
 from .cache import Layer, named, windows
+from .identity import NEAR, NEAR_16_BIT
 
 BUFFERS = ("full_attention_inv_freq", "inv_freq")  # of a model whose sliding layers turn differently, and of others
 OF_LENGTH = ("dynamic", "longrope")  # kinds whose frequencies depend on how long the text is
@@ -33,7 +34,7 @@ def frequencies(net: Any, held: Sequence[int], ids: Tensor) -> list[float] | Non
         return None
     turned = rotate(first, torch.full(first.shape[:-1], last, device=first.device), freq)
     off = vector_norm(turned - moved, dim=(1, 2)) / vector_norm(turned, dim=(1, 2))  # NaN, and so unknown, for no keys
-    return freq.tolist() if bool((off < (1e-3 if net.dtype == torch.float32 else 0.1)).all()) else None
+    return freq.tolist() if bool((off < (NEAR if net.dtype == torch.float32 else NEAR_16_BIT)).all()) else None
 
 
 def _keys(net: Any, held: Sequence[int], token: Tensor, at: int) -> Tensor:  # [1] -> [held layers, H, D] float32
