@@ -1,16 +1,19 @@
 """What a model or a caller asks for and no snapshot can give is refused by name, never ignored."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_architectures import build
 from tiny import tiny_tokenizer
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import kvcli
 from kvcli.errors import InfeasibleError, MismatchError
+from kvcli.model.cache import named
 from kvcli.model.convert import quiet
 from kvcli.model.load import Model
 
@@ -52,3 +55,14 @@ def test_a_mask_that_hides_tokens(model: Model) -> None:
     asked = {name: part for name, part in snapshot.inputs(model, "Who?").items() if name != "attention_mask"}
     with torch.no_grad():
         assert int(model.net(**asked).logits[0, -1].argmax()) == out[0, -2]
+
+
+@pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic"])
+def test_positions_that_change_with_the_length_while_generating(name: str, tmp_path: Path) -> None:
+    model = kvcli.load(build(name, tmp_path), dtype="float32")  # changes at 120
+    snapshot = kvcli.prefill(IDS + IDS[:50], model, warn=lambda text: None)
+    ids = torch.tensor([[7, 8, 9]])
+    for n, fits in ((8, True), (9, False)):
+        asked = {"input_ids": ids, "attention_mask": torch.ones(1, 113), **named(model.net, snapshot.cache(model))}
+        with nullcontext() if fits else pytest.raises(InfeasibleError, match="120"):
+            model.net.generate(**asked, max_new_tokens=n, eos_token_id=None, pad_token_id=2)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import InfeasibleError
+from .text import rope_switch, too_long
 
 NAME = "kvcli"
 # Arguments a model may pass along that change nothing here.
@@ -68,10 +69,23 @@ def refuse(query: Tensor, mask: Tensor | None, rest: dict[str, Any]) -> None:
         raise InfeasibleError(f"the model's attention asks for {', '.join(strange)}, which kvcli does not support")
 
 
-def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:  # [B, N + M] bool
-    """Called for the mask of a forward pass: positions say who sees whom. InfeasibleError for one that hides tokens."""
+def no_mask(
+    *_: Any,
+    config: Any,
+    attention_mask: Tensor | None = None,  # [B, N + M] bool
+    q_offset: int = 0,
+    q_length: int = 0,
+    **__: Any,
+) -> None:
+    """Called once a forward pass, for its mask: there is none, positions say who sees whom.
+
+    Raises InfeasibleError for a mask that hides tokens, and for tokens beyond the length at which positions change.
+    """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise InfeasibleError("the attention_mask hides tokens", "attention over a snapshot sees all", "leave it out")
+    end = q_offset + q_length
+    if end > min(rope_switch(config).values(), default=end):
+        raise too_long(config, f"there are {end:,} tokens with those generated", "generate fewer")
 
 
 AttentionInterface.register(NAME, attend)
