@@ -154,13 +154,18 @@ class Stats:
         return self.attn_mass.gather(1, kv.pos.clamp(min=0).long())
 
 
-def check_finite(layer: int, **parts: Tensor | None) -> None:
-    """Raise FormatError, which names layer and part, where a number is NaN or infinite.
+def finite(part: Tensor) -> bool:
+    """Whether no number is NaN or infinite.
 
     The extremes show both, NaN being passed on by them, at a tenth of the price of a mask over all numbers.
     """
+    return not part.numel() or bool(torch.stack(part.aminmax()).isfinite().all())
+
+
+def check_finite(layer: int, **parts: Tensor | None) -> None:
+    """Raise FormatError, which names layer and part, where a number is NaN or infinite."""
     for name, part in parts.items():
-        if part is not None and part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):
+        if part is not None and not finite(part):
             raise FormatError(f"layer {layer}: {name} holds NaN or infinity", fix="prefill the document again")
 
 

@@ -10,7 +10,7 @@ from transformers import Cache
 from ..errors import InfeasibleError, KvError, MismatchError
 from ..layers import NAMES
 from ..meta import Json, Layout, Meta, Seq
-from ..snapshot import Snapshot
+from ..snapshot import Snapshot, finite
 from .cache import Layer, named, need_own_attention, windows
 from .load import Model
 from .observed import ObservedLayer
@@ -76,7 +76,7 @@ def read(
         _check_shapes(layers)
         tick(min(start + chunk, len(ids)), len(ids))
     bad = [f"layer {i}" for i, layer in enumerate(layers) if isinstance(layer, ObservedLayer) and not layer.finite]
-    if bad or not bool(hidden.isfinite().all()):
+    if bad or not finite(hidden):
         who = bad[0] if bad else "the model's last hidden state"
         raise KvError(f"NaN or infinity in {who}", f"computed in {net.dtype}", "try --dtype float32")
     return hidden

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from ..kernels.mass import attention_mass
-from ..snapshot import Rows, Stats
+from ..snapshot import Rows, Stats, finite
 from .attend import Law
 from .cache import Layer
 
@@ -44,7 +44,7 @@ class ObservedLayer(Layer):
         out, lse = self.attend_lse(q, law)
         self.law, self.q_heads = law, q.shape[0]
         here = slice(self.held - q.shape[1], self.held)
-        self.finite &= bool(self.keys[:, here].isfinite().all() and self.values[:, here].isfinite().all())
+        self.finite &= finite(self.keys[:, here]) and finite(self.values[:, here])
         if not self.slides:
             self._observe(q, lse, module)
         return out
