@@ -22,8 +22,7 @@ from .model.extend import aim, extend
 from .model.load import Model, wrap
 from .model.load import load as load_model
 from .model.observe import prefill as read_document
-from .model.own import check_model
-from .model.resume import Prefix
+from .model.resume import Prefix, check_model
 from .pipeline import carry_out, make_plans
 from .recipe import Recipe
 from .spool import open_output

@@ -81,8 +81,7 @@ def _begin(ui: Ui, reader: "Reader", name: str, options: Mapping[str, Any]) -> t
     snapshot = reader.snapshot()
     with ui.phases() as phase:
         phase("loading transformers")
-        from ..model.own import check_model
-        from ..model.resume import Prefix, Sampling, model_for
+        from ..model.resume import Prefix, Sampling, check_model, model_for
 
         how = {name: options[name] for name in ("device", "dtype")}
         model = model_for(reader.meta, options["model"], tick=phase, **how)

@@ -1,7 +1,7 @@
 """Resume: the model a snapshot names, questions to it, and two snapshots held against each other on the same text."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 
 import torch
@@ -11,13 +11,16 @@ from ..errors import MismatchError
 from ..layers import DTYPES
 from ..meta import Meta
 from ..metrics import kl, nll, top1
+from ..snapshot import Snapshot
 from .answer import Answer, Sampling, answer, kept
+from .identity import check
 from .load import DEFAULT, Model, Tick, find_by_weights, load
+from .observe import probe
 from .prefix import Prefix, check_room, logits, predict
 from .text import closing_ids, question_ids
 
-__all__ = ["Answer", "Prefix", "Sampling", "answer", "check_room", "closing", "compare", "expected", "logits"]
-__all__ += ["model_for", "question", "turn"]
+__all__ = ["Answer", "Prefix", "Sampling", "answer", "check_model", "check_room", "closing", "compare"]
+__all__ += ["expected", "logits", "model_for", "question", "turn"]
 
 
 def model_for(
@@ -31,6 +34,14 @@ def model_for(
         name = _named(meta)
     own = str(DTYPES[meta.layout.dtype]).removeprefix("torch.")
     return load(name, device=device, dtype=dtype or own, tick=tick)
+
+
+def check_model(snapshot: Snapshot, model: Model, *, trust: bool = False, warn: Callable[[str], None]) -> None:
+    """Raise MismatchError unless this is the model the snapshot was made with; see `identity.check`."""
+    found = [snapshot.extra[name] for name in ("stat.probe_k", "stat.probe_v") if name in snapshot.extra]
+    saved = (found[0], found[1]) if len(found) == 2 else None
+    few = snapshot.ids[: found[0].shape[2]] if saved else snapshot.ids[:0]
+    check(snapshot.meta, model, lambda: probe(model, few), saved, trust=trust, warn=warn)
 
 
 def _named(meta: Meta) -> str:
