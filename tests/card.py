@@ -58,6 +58,8 @@ class OneCard(TorchFunctionMode):
         if isinstance(first, CardTensor):
             if name in ("cpu", "tolist") or (name == "to" and device is not None and not there):
                 return fn(first.inner, *args[1:], **kwargs) if name != "to" or args[1:] or kwargs else first.inner
+            if name == "new_tensor":
+                return CardTensor(fn(first.inner, *args[1:], **kwargs))
             if name == "__setitem__":
                 first.inner[tree_map(bare, args[1])] = bare(args[2])
                 return None

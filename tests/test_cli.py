@@ -187,6 +187,7 @@ def test_another_precision_than_the_files(work: Path, capsys: pytest.CaptureFixt
         assert run(["resume", file, "-p", "Who?", "-n", "3", "--dtype", dtype]) == 0
 
 
+@pytest.mark.slow
 def test_closed_streams_and_links_to_nowhere_are_no_trouble(work: Path) -> None:
     (work / "z.kv.safetensors").symlink_to("nowhere")
     kvcli = " ".join(KVCLI)

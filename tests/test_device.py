@@ -4,13 +4,14 @@ The card is `card.py`'s: there is none here. Operations take the paths of a card
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from card import CARD, CardTensor, OneCard, send
+from card import CARD, CardTensor, OneCard, bare, send
+from make import make_snapshot
 from test_architectures import IDS, MORE, build
 from torch import Tensor
 
@@ -18,7 +19,10 @@ from kvcli.model.extend import aim, extend
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
 from kvcli.model.resume import Prefix, Sampling, answer, expected, logits
-from kvcli.snapshot import Snapshot
+from kvcli.pipeline import protect
+from kvcli.recipe import Recipe
+from kvcli.registry import Ask
+from kvcli.snapshot import LayerKV, Snapshot, Stats
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}  # two orders of summation
 
@@ -50,7 +54,9 @@ def work(model: Model) -> tuple[list[Snapshot], list[Any]]:
     return [full, extend(model, full, MORE), aim(model, full, MORE)], [said, numbers]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral sliding", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral sliding", "gemma2", pytest.param("gpt_oss", marks=pytest.mark.slow)]
+)
 def test_a_card_gives_what_the_cpu_gives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(str(build(name, tmp_path)), dtype="float32", device="cpu")
     model.net.set_experts_implementation("eager")  # others ask the card what it can
@@ -68,3 +74,32 @@ def test_a_card_gives_what_the_cpu_gives(name: str, tmp_path: Path, monkeypatch:
         for (part, found), (_, wanted) in zip(tensors(one), tensors(other), strict=True):
             assert type(found) is Tensor, part
             torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def on_card(value: Any) -> Any:
+    parts = {field.name: getattr(value, field.name) for field in fields(value)}
+    return type(value)(**{name: CardTensor(part) if isinstance(part, Tensor) else part for name, part in parts.items()})
+
+
+@pytest.mark.parametrize(
+    "recipe", ["snapkv+adakv", "kvmerger:max_run=4", "kvmerger:keys=rerotate+global", "h2o", "keydiff"]
+)
+def test_stages_work_where_their_layer_is(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A kernel needs a real card.
+    monkeypatch.setenv("KVCLI_KERNELS", "ref" if "snapkv" in recipe else "triton")
+    full, parsed = make_snapshot(tokens=60, bias=True, dtype=torch.float32), Recipe.parse(recipe)
+    ask = Ask(0, 1, 2 * 20, 20, 60, 2, 4, 0, 0.3, rope=full.meta.rope)
+
+    def shrink(kv: LayerKV, stats: Stats) -> LayerKV:
+        assert parsed.score
+        scored = protect(parsed.score(kv, stats, ask), kv, ask)
+        small: LayerKV = parsed.reduce(kv, stats, scored, parsed.allocate([scored], ask.n, ask)[0], ask)[0]
+        return small
+
+    wanted = shrink(full.layer(0), full.stats[0])
+    with torch.inference_mode(), OneCard():
+        found = shrink(on_card(full.layer(0)), on_card(full.stats[0]))
+    for field in fields(LayerKV):
+        part, other = getattr(found, field.name), getattr(wanted, field.name)
+        assert isinstance(part, CardTensor)
+        torch.testing.assert_close(bare(part), other)

@@ -13,5 +13,5 @@ from ..registry import Ask, Scored, allocate
 def uniform(scored: Sequence[Scored], n: int, ask: Ask) -> list[Tensor]:
     """The same number of entries for every head."""
     low, high = torch.cat([part.low for part in scored]), torch.cat([part.high for part in scored])
-    want = torch.full(low.shape, n / len(low), dtype=torch.float64)
+    want = torch.full_like(low, n / len(low), dtype=torch.float64)
     return list(share_out(want, n, low, high).view(len(scored), -1))
