@@ -140,7 +140,7 @@ def prefill(
     else:
         found = read_document(model, ids, seq, chunk=chunk, tick=tick)
     if probe is not None:
-        found = aim(model, found, texts.question_ids(model.tokenizer, probe, "", found.meta.seq.tail))
+        found = _aimed(found, model, probe, warn)
     if any(found.stats[i].value_norm is None for i in found.meta.held) and not onto:
         warn("the output projection was not found, so the statistic value_norm is absent")
     if found.meta.seq.next_pos > texts.readable(model.config):
@@ -209,6 +209,13 @@ def _cut(ids: list[int], model: Model, room: int, lead: int, warn: Warn) -> list
         words = " ".join(model.tokenizer.decode(cut[:64]).split()[:8])
         warn(f"cut to {len(kept):,} tokens, {len(cut):,} were left out from here on: {words}")
     return kept
+
+
+def _aimed(found: snapshot.Snapshot, model: Model, probe: str, warn: Warn) -> snapshot.Snapshot:
+    ids = texts.question_ids(model.tokenizer, probe, "", found.meta.seq.tail)
+    if missing := texts.lost(model.tokenizer, probe, ids):
+        warn(f"the probe: {missing}")
+    return aim(model, found, ids)
 
 
 def _listed(ids: Sequence[int] | Tensor) -> list[int]:

@@ -1,7 +1,9 @@
 """The command line: finds commands without importing torch, and turns errors into messages and exit codes."""
 
+import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -47,6 +49,8 @@ def cli() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code the errors define; no traceback without -vv."""
     _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding lacks
     args = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(run(args))
@@ -124,12 +128,22 @@ def _see_help(error: click.ClickException) -> str:
 
 
 def _tell(args: list[str], code: int, what: str, why: str, fix: str) -> None:
-    from .streams import is_piped
     from .ui import complain
 
     complain(what, why, fix)
     if "--json" in args:
         error = {"code": code, "what": what, "why": why, "fix": fix}
         # Where the snapshot itself goes to stdout, so would these words.
-        piped = args[0] in ("prefill", "compress") and not {"-o", "--output"} & {*args} and is_piped(sys.stdout)
-        print(json.dumps({"schema": "kvcli.error/1", "error": error}), file=sys.stderr if piped else sys.stdout)
+        where = sys.stderr if _snapshot_to_stdout(args) else sys.stdout
+        print(json.dumps({"schema": "kvcli.error/1", "error": error}), file=where)
+
+
+def _snapshot_to_stdout(args: list[str]) -> bool:
+    """By the arguments alone: they may be what is wrong."""
+    from .streams import is_piped
+
+    output = None
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if match := re.match(r"--output=|--output$|-[fqv]*o", arg):
+            output = arg[match.end() :] or following
+    return args[0] in ("prefill", "compress") and (output == "-" or (output is None and is_piped(sys.stdout)))

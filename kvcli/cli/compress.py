@@ -114,6 +114,7 @@ def _compress(
     force: bool,
     **_: Any,
 ) -> list[dict[str, Any]]:
+    from ..header import summary
     from ..pipeline import carry_out, make_plans
     from ..storage import Reader
 
@@ -130,9 +131,8 @@ def _compress(
                 reports = carry_out(snapshot, plans, targets, force=force, tick=tick)
             for row, report, target in zip(rows, reports, targets, strict=True):
                 row |= {"file": streams.shown(target), "output_error": _errors(report.nanmean(0).tolist())}
-    for row in rows:
-        row.update(seconds=time.perf_counter() - start, peak_memory=peak_memory(), bytes_before=reader.header.size)
-    return rows
+    before = {"bytes_before": reader.header.size, "entries_before": summary(reader.header, reader.meta)["entries"]}
+    return [{**row, "seconds": time.perf_counter() - start, "peak_memory": peak_memory(), **before} for row in rows]
 
 
 def _errors(numbers: list[float]) -> dict[str, float] | None:
@@ -161,9 +161,9 @@ def _show(ui: Ui, row: dict[str, Any]) -> None:
         f"{name}: {row['entries']:,} of {row['of']:,} entries ({row['keep']:.1%}), {size(row['file_bytes'])} "
         f"of {size(row['bytes_before'])} in {row['seconds']:.1f} s"
     )
-    if row["entries"] == row["of"]:
-        why = ": the budget is no smaller than the document" if row["budget"] else ""
-        ui.say(f"everything was kept{why}")
+    if row["entries"] == row["entries_before"]:
+        held = "the document" if row["entries"] == row["of"] else "what the snapshot holds"
+        ui.say("everything was kept" + (f": the budget is no smaller than {held}" if row["budget"] else ""))
     if error := row.get("output_error"):
         ui.say(
             f"attention output error, median and 95th percentile: {error['q_probe_median']:.3f} and "

@@ -59,6 +59,8 @@ def target(file: str | None, derived: str, force: bool) -> Source:
     from ..spool import exists
 
     path = Path(file or derived)
+    if path.is_dir():
+        raise StorageError(f"cannot write {path}", "it is a folder", "name a file in it")
     if path.is_file() and not force:
         raise exists(path)
     if not os.access(path.parent, os.W_OK):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import InfeasibleError, UsageError
 from ..snapshot import Rows, Snapshot, append
 from .attend import Law
 from .cache import Layer, place, windows
@@ -34,7 +34,7 @@ def extend(
     meta, tokens = snapshot.meta, torch.tensor(ids, dtype=torch.int32)
     if not len(tokens):
         raise UsageError("there is nothing to append")
-    _check_room(model, meta.seq.next_pos, len(tokens))
+    end = _end(model, meta.seq.next_pos, f"{len(tokens):,} tokens", len(tokens), "shorten it, or use --truncate")
     old = list(snapshot.rows)
     layers = [
         ObservedLayer(len(tokens), window, _placed(model, rows), meta.seq.next_pos, stats)
@@ -43,7 +43,6 @@ def extend(
     hidden = read(model, layers, tokens, chunk, tick)
     rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(old, layers, strict=True)]
     every = torch.cat([snapshot.ids, tokens])
-    end = meta.seq.next_pos + len(tokens)
     seq = replace(meta.seq, tokens=len(every), next_pos=end, ids_hash=ids_hash(every))
     kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
     meta = replace(
@@ -69,24 +68,28 @@ class _Asking(Layer):
 def aim(model: Model, snapshot: Snapshot, ids: Sequence[int], *, chunk: int = 1024) -> Snapshot:
     """The same snapshot with `q_last` taken from a question of these tokens, which is run behind it and left out.
 
-    Raises InfeasibleError where the question does not fit the model's context.
+    Raises InfeasibleError where the question has no token, or does not fit the model's context.
     """
     start, held = snapshot.meta.seq.next_pos, snapshot.meta.held
-    _check_room(model, start, len(ids))
+    if not ids:
+        raise InfeasibleError("the model's tokenizer has no token for anything in the probe")
+    end = _end(model, start, f"a probe of {len(ids):,} tokens", len(ids), "shorten the probe, or the document")
     rows, stats = list(snapshot.rows), list(snapshot.stats)
     spans = windows(model.config)
     layers = [_Asking(_placed(model, part), start, window) for part, window in zip(rows, spans, strict=True)]
     read(model, layers, torch.tensor(ids, dtype=torch.int32), chunk)
-    pos = torch.arange(start, start + len(ids), dtype=torch.int32)[-WINDOW:]
+    pos = torch.arange(start, end, dtype=torch.int32)[-WINDOW:]
     for i in held:
         q = torch.cat(layers[i].asked, 1)[:, -WINDOW:].to("cpu", rows[i].k.dtype)
         stats[i] = replace(stats[i], q_last=q, q_last_pos=pos)
     return Snapshot(snapshot.meta, snapshot.ids, rows, stats, snapshot.extra)
 
 
-def _check_room(model: Model, start: int, new: int) -> None:
+def _end(model: Model, start: int, what: str, new: int, fix: str) -> int:
+    """The position behind `new` tokens from `start` on; InfeasibleError beyond the model's context."""
     if start + new > context_length(model.config):
-        raise too_long(model.config, f"no room for {new:,} tokens behind {start:,}", "shorten it, or use --truncate")
+        raise too_long(model.config, f"no room for {what} behind {start:,}", fix)
+    return start + new
 
 
 def _placed(model: Model, rows: Rows) -> Rows:

@@ -1,6 +1,7 @@
 """Text to token ids: template, document and question are each encoded once, on their own, and their ids joined."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
@@ -154,15 +155,22 @@ def _parsed(tokenizer: Any, text: str) -> list[int]:
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
     """Text of a user, in which the names of special tokens are only text."""
-    try:
+    with _blaming():
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return ids
+
+
+@contextmanager
+def _blaming() -> Iterator[None]:
+    try:
+        yield
     except Exception as cause:  # tokenizers raises no narrower one; for halves of surrogate pairs a TypeError
         raise InfeasibleError("the model's tokenizer cannot encode the text", f"{cause!s:.80}") from cause
-    return ids
 
 
 def _opening(tokenizer: Any) -> list[int]:
     """Special tokens the tokenizer puts before any text, such as BOS."""
-    coded = tokenizer("a", return_special_tokens_mask=True)
+    with _blaming():
+        coded = tokenizer("a", return_special_tokens_mask=True)
     pairs = zip(coded["input_ids"], coded["special_tokens_mask"], strict=True)
     return [token for token, _ in takewhile(lambda pair: pair[1], pairs)]
