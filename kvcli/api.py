@@ -19,10 +19,12 @@ from .model.adopt import adopt
 from .model.attend import NAME as ATTENTION
 from .model.cache import make_cache, named
 from .model.extend import aim, extend
+from .model.given import listed, need_model, need_snapshot
 from .model.load import Model, wrap
 from .model.load import load as load_model
 from .model.observe import prefill as read_document
-from .model.resume import Prefix, check_model
+from .model.prefix import Prefix, check_room
+from .model.resume import check_model
 from .pipeline import carry_out, make_plans
 from .recipe import Recipe
 from .spool import open_output
@@ -67,7 +69,7 @@ class Snapshot(snapshot.Snapshot):
         the model is the one that made the snapshot (`trust` turns that into a warning), InfeasibleError if its
         attention is not ours.
         """
-        _need_model(model)
+        need_model(model)
         check_model(self, model, trust=trust, warn=_warn)
         where = model.device, model.net.dtype
         if where not in self._placed:
@@ -77,10 +79,12 @@ class Snapshot(snapshot.Snapshot):
     def inputs(self, model: Model, question: str, prefix: str = "", *, trust: bool = False) -> dict[str, Any]:
         """What `model.net.generate` needs to answer a question: its ids, their mask, and a cache.
 
-        prefix: the words the answer is to start with.
+        prefix: the words the answer is to start with. Raises InfeasibleError where the question does not fit the
+        model's context, and what `cache` raises.
         """
         cache = self.cache(model, trust=trust)
         ids = texts.question_ids(model.tokenizer, question, prefix, self.meta.seq.tail)
+        check_room(model, self.meta.seq.next_pos, len(ids))
         mask = torch.ones(1, self.meta.seq.next_pos + len(ids), dtype=torch.long, device=model.device)
         tokens = torch.tensor([ids], device=model.device)
         return {"input_ids": tokens, "attention_mask": mask, **named(model.net, cache)}
@@ -104,7 +108,9 @@ def load(model: Any = None, tokenizer: Any = None, *, device: str = "auto", dtyp
     Such a network brings its own tokenizer unless one is given, and needs the attention `kvcli.ATTENTION`.
     """
     if model is None or isinstance(model, str | PathLike):
-        return load_model(None if model is None else str(model), device=device, dtype=dtype)
+        if tokenizer is not None:
+            raise UsageError("a model by its name brings its own tokenizer", fix="leave out the other one")
+        return load_model(None if model is None else str(model), device=str(device), dtype=dtype)
     return wrap(model, tokenizer)
 
 
@@ -129,7 +135,11 @@ def prefill(
     truncate: cut a document that is too long, leaving room for a question and its answer.
     warn: is told what of the document the model does not see.
     """
-    _need_model(model)
+    need_model(model)
+    if onto is not None:
+        need_snapshot(onto)
+    if chunk < 1:
+        raise UsageError(f"chunk={chunk}: read at least one token at a time")
     start = onto.meta.seq.next_pos if onto else 0
     ids, seq = _encoded(document, model, raw, onto is not None, warn)
     if truncate:
@@ -161,6 +171,7 @@ def compress(
     It is written to a temporary file without a name and read back from there: what you get is what `save` writes.
     Raises UsageError, InfeasibleError.
     """
+    need_snapshot(snapshot)
     recipe = Recipe.parse(method)
     budgets = recipe.budgets([] if budget is None else [str(budget)])
     file = getattr(snapshot, "file", None)
@@ -178,8 +189,8 @@ def from_cache(cache: Any, ids: Sequence[int] | Tensor, model: Model, *, chat: b
     The last 64 tokens are run again, which gives `q_last` and shows that cache, ids and model belong together;
     `attn_mass`, `value_norm` and `q_probe` are absent. Raises UsageError, InfeasibleError, MismatchError.
     """
-    _need_model(model)
-    given, (lead, tail) = _listed(ids), texts.opening_ids(model.tokenizer, chat)
+    need_model(model)
+    given, (lead, tail) = listed(ids, model), texts.opening_ids(model.tokenizer, chat)
     if not chat:
         return _in_memory(adopt(cache, given, model))
     if given[: len(lead)] != lead:
@@ -191,7 +202,7 @@ def _encoded(
     document: str | Sequence[int] | Tensor, model: Model, raw: bool, appended: bool, warn: Warn
 ) -> tuple[list[int], tuple[int, str, bool]]:
     if not isinstance(document, str):
-        return _listed(document), (0, "\n", False)
+        return listed(document, model), (0, "\n", False)
     tokenizer, lead, tail = model.tokenizer, 0, "\n"
     chat = not raw and bool(tokenizer.chat_template)
     if appended:
@@ -218,16 +229,6 @@ def _aimed(found: snapshot.Snapshot, model: Model, probe: str, warn: Warn) -> sn
     return aim(model, found, ids)
 
 
-def _listed(ids: Sequence[int] | Tensor) -> list[int]:
-    """Ids as a list; a batch of one is taken for its sequence."""
-    tokens = torch.as_tensor(ids).long()
-    if tokens.dim() == 2 and len(tokens) == 1:
-        tokens = tokens[0]
-    if tokens.dim() != 1 or not len(tokens):
-        raise UsageError(f"ids of the shape {tuple(tokens.shape)} are not one sequence")
-    return [int(token) for token in tokens]
-
-
 def _in_file(reader: Reader) -> Snapshot:
     found = _in_memory(reader.snapshot())
     object.__setattr__(found, "file", reader)  # what `replace` makes of it is not in the file, hence no argument
@@ -236,9 +237,3 @@ def _in_file(reader: Reader) -> Snapshot:
 
 def _in_memory(found: snapshot.Snapshot) -> Snapshot:
     return Snapshot(found.meta, found.ids, found.rows, found.stats, found.extra)
-
-
-def _need_model(model: Any) -> None:
-    if not isinstance(model, Model):
-        fix = "kvcli.load(network, tokenizer) makes one of it"
-        raise UsageError(f"a {type(model).__name__} is no model of kvcli", "its tokenizer belongs to it too", fix)

@@ -69,7 +69,7 @@ def ask(talk: Talk, row: Facts) -> Turn:
     _warn_of_loss(talk, "the question", row["prompt"] + row["prefix"])
     if talk.saves:
         close = closing(talk.model, talk.prefix, row["prompt"])
-        check_room(talk.model, talk.prefix, len(ids) + len(close), talk.sampling.n)
+        check_room(talk.model, talk.prefix.tokens, len(ids) + len(close), talk.sampling.n)
     plain = not (talk.jsonl or talk.ui.as_json)
     said = answer(talk.model, talk.prefix, ids, talk.sampling, _stream(row["prefix"]) if plain else lambda text: None)
     if plain:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InfeasibleError, MismatchError, UsageError
@@ -26,9 +27,11 @@ def adopt(cache: Any, ids: Sequence[int], model: Model, seq: tuple[int, str, boo
 
     The last tokens are run again behind the others, which gives `q_last` and `final_hidden`, and shows whether cache,
     ids and model belong together; the other statistics are absent, but for a document no longer than that window.
-    Raises UsageError for a batch or another number of tokens, InfeasibleError for other caches, MismatchError for what
-    does not belong together.
+    Raises UsageError for what is no cache, a batch or another number of tokens, InfeasibleError for other caches,
+    MismatchError for what does not belong together.
     """
+    if not isinstance(cache, Cache):
+        raise UsageError(f"a {type(cache).__name__} is no cache of transformers", fix="give its DynamicCache")
     pairs = [_pair(i, layer, len(ids), model) for i, layer in enumerate(cache.layers)]
     few = prefill(model, ids[:IDENTITY] if len(ids) > WINDOW else ids, seq)
     _compare(few, pairs, 0, model)

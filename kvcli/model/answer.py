@@ -124,7 +124,7 @@ def answer(
 
     Without ids the document itself goes on. Raises InfeasibleError if the model's context has no room for the answer.
     """
-    check_room(model, prefix, len(ids), sampling.n)
+    check_room(model, prefix.tokens, len(ids), sampling.n)
     begin, first, cache = time.perf_counter(), 0.0, prefix.cache(model)
     ends, draw = stop_ids(model.net, model.tokenizer, prefix.tail), sampling.drawer()
     speech, finish = Speech(model.tokenizer, sampling.stops, on_text), "length"

@@ -17,6 +17,7 @@ from ..kernels.dense import dense_attention
 from ..snapshot import Rows
 from .attend import NAME, Law
 
+MEND = f'load it with attn_implementation="{NAME}", or net.set_attn_implementation("{NAME}")'
 Part = tuple[Tensor, Tensor]  # [Hq, M, Dv], [Hq, M] float32
 
 
@@ -36,6 +37,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.lens = [] if prefix is None else prefix.lens.tolist()
         self.length = 0  # tokens after the prefix
         self.gone = 0  # of them, no longer held
+        self.attended = True  # whether the newest tokens have attended
 
     @property
     def held(self) -> int:
@@ -61,6 +63,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.keys[:, here] = key_states[0]
         self.values[:, here] = value_states[0]
         self.length += new
+        self.attended = False
         setattr(key_states, NAME, self)
         return key_states, value_states
 
@@ -77,6 +80,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def attend_lse(self, q: Tensor, law: Law) -> Part:
         """The same with the log-sum-exp of the logits."""
+        self.attended = True
         all_seen = self.window is None or self.get_seq_length() <= self.window
         parts = self._all(q, law.scale) if all_seen and law.softcap is None else self._banded(q, law)
         if law.sink_logit is not None:
@@ -133,6 +137,17 @@ def _heads(part: Tensor | None, lens: list[int]) -> Sequence[Tensor | None]:  # 
     return [None] * len(lens) if part is None else torch.split(part[None], lens, 1)
 
 
+class PrefixCache(Cache):  # type: ignore[misc]
+    """A cache that does not let itself be read by an attention other than ours, which sees the new tokens alone."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        # Of the first layer it is the last one of the run before.
+        if not self.layers[layer_idx - 1].attended:
+            why = "it is not the network the cache was made for, or its attention was changed"
+            raise InfeasibleError("the network did not attend to what the cache holds", why, MEND)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
 def windows(config: Any) -> list[int | None]:
     """How many tokens each layer's attention spans by a text config; None for all."""
     size = getattr(config, "sliding_window", None)
@@ -150,7 +165,7 @@ def need_own_attention(net: PreTrainedModel) -> None:
     if net.config._attn_implementation != NAME:
         raise InfeasibleError(
             f"the model's attention is {net.config._attn_implementation}, which cannot read a snapshot",
-            fix=f'load it with attn_implementation="{NAME}", or net.set_attn_implementation("{NAME}")',
+            fix=MEND,
         )
 
 
@@ -161,7 +176,7 @@ def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cach
     """
     need_own_attention(net)
     spans = windows(net.config.get_text_config())
-    return Cache(layers=[Layer(rows, start, window=span) for rows, span in zip(prefix, spans, strict=True)])
+    return PrefixCache(layers=[Layer(rows, start, window=span) for rows, span in zip(prefix, spans, strict=True)])
 
 
 def place(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:

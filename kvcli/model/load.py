@@ -1,6 +1,7 @@
 """Find and load a model: a folder, a hub id, or the default model; or take one that is loaded already."""
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from ..errors import InfeasibleError, KvError, StorageError, UsageError
+from ..errors import InfeasibleError, KvError, MismatchError, StorageError, UsageError
 from . import attend
 from .convert import DEFAULT, Tick, default_folder, find_by_weights, home, quiet, weight_files
 from .identity import record, tokenizer_hash
@@ -46,6 +47,13 @@ class Model:
     def config(self) -> Any:
         """The part of the config that describes the language model."""
         return self.net.config.get_text_config()
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise MismatchError for a token that is not in the network's vocabulary."""
+        V = self.net.get_input_embeddings().num_embeddings
+        if wrong := [token for token in (min(ids, default=0), max(ids, default=0)) if not 0 <= token < V]:
+            fix = "give the model and the tokenizer that belong to the tokens"
+            raise MismatchError(f"the model {self.id} has no token {wrong[0]}, it knows {V}", fix=fix)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

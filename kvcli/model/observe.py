@@ -7,7 +7,7 @@ import xxhash
 from torch import Tensor
 from transformers import Cache
 
-from ..errors import InfeasibleError, KvError, MismatchError
+from ..errors import InfeasibleError, KvError
 from ..layers import NAMES
 from ..meta import Json, Layout, Meta, Seq
 from ..snapshot import Snapshot, finite
@@ -66,9 +66,9 @@ def read(
     Raises MismatchError for ids beyond the model's vocabulary, InfeasibleError for a model whose layers are not of one
     shape, KvError where what it computes is not finite.
     """
+    model.check_ids(ids.tolist())
     cache, net = Cache(layers=list(layers)), model.net
     need_own_attention(net)
-    _check_known(net.get_input_embeddings().num_embeddings, ids)
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk].long()[None].to(net.device)
         out = net.base_model(input_ids=part, use_cache=True, **named(net.base_model, cache))
@@ -80,12 +80,6 @@ def read(
         who = bad[0] if bad else "the model's last hidden state"
         raise KvError(f"NaN or infinity in {who}", f"computed in {net.dtype}", "try --dtype float32")
     return hidden
-
-
-def _check_known(V: int, ids: Tensor) -> None:  # [N]
-    if strange := ids[(ids < 0) | (ids >= V)].tolist():
-        fix = "give the model whose tokenizer made it"
-        raise MismatchError(f"the token {strange[0]} is none of the {V} that the model knows", fix=fix)
 
 
 def _check_shapes(layers: Sequence[Layer]) -> None:

@@ -39,12 +39,12 @@ class Prefix:
         return make_cache(model.net, self.rows, self.tokens)
 
 
-def check_room(model: Model, prefix: Prefix, asked: int, n: int = 0) -> None:
-    """Raise InfeasibleError if the model's context ends before `asked` tokens are run and `n` generated."""
-    if prefix.tokens + asked + n > context_length(model.config):
+def check_room(model: Model, tokens: int, asked: int, n: int = 0) -> None:
+    """Raise InfeasibleError if the context ends before `asked` tokens are run and `n` generated behind `tokens`."""
+    if tokens + asked + n > context_length(model.config):
         more = f"{asked:,} tokens and an answer of {n:,}" if n else f"{asked:,} tokens"
         fix = "ask for fewer with -n, or ask less" if n else "shorten the text"
-        raise too_long(model.config, f"no room for {more} behind the {prefix.tokens:,} that are read", fix)
+        raise too_long(model.config, f"no room for {more} behind the {tokens:,} that are read", fix)
 
 
 @torch.inference_mode()
@@ -53,6 +53,7 @@ def run(model: Model, cache: Cache, ids: Sequence[int], keep: int, chunk: int = 
 
     Raises KvError for logits that are not finite: any token drawn from them would be garbage.
     """
+    model.check_ids(ids)
     for start in range(0, len(ids), chunk):
         part = torch.tensor([ids[start : start + chunk]], device=model.net.device)
         here = min(part.shape[1], start + part.shape[1] - (len(ids) - keep))

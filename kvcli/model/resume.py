@@ -83,7 +83,7 @@ def expected(model: Model, prefix: Prefix, full: Prefix | None, ids: Sequence[in
     `nll` behind the prefix and, where there is a full one, `nll_against` behind that, `kl` and `top1` between the two.
     Raises InfeasibleError if the ids do not fit the model's context.
     """
-    check_room(model, prefix, len(ids))
+    check_room(model, prefix.tokens, len(ids))
     found, at = defaultdict[str, list[Tensor]](list), len(ids) - n
     ours = predict(model, prefix, ids[:-1], n)
     theirs = repeat(None) if full is None else predict(model, full, ids[:-1], n)
