@@ -133,3 +133,19 @@ def test_keeping_all_of_a_compressed_file_is_said(
     assert "everything was kept: the budget is no smaller than what the snapshot holds" in capsys.readouterr().err
     assert run(f"compress {half} -m knorm -b 30% -f -o {rest}".split()) == 0
     assert "everything" not in capsys.readouterr().err
+
+
+def test_the_error_at_the_end_is_told_where_that_is_all_that_is_known(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, half, saved, small = (str(tmp_path / name) for name in ("full", "half", "saved", "small"))
+    for line in (f"prefill doc.txt -o {full}", f"compress {full} -m random -b 50% -o {half}"):
+        assert run(line.split()) == 0
+    assert run(f"resume {half} -p Who? -n 3 --save {saved}".split()) == 0
+    capsys.readouterr()
+    assert run(f"compress {saved} -m snapkv -b 30% -o {small} --json".split()) == 0
+    seen = capsys.readouterr()
+    found = json.loads(seen.out)["rows"][0]["output_error"]
+    assert found.keys() == {"q_last_median", "q_last_p95"} and 0 < found["q_last_median"] < found["q_last_p95"]
+    assert f"{found['q_last_median']:.3f} and {found['q_last_p95']:.3f} at its end" in seen.err
+    assert "over the document" not in seen.err

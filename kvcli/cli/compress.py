@@ -136,7 +136,9 @@ def _compress(
 
 
 def _errors(numbers: list[float]) -> dict[str, float] | None:
-    return None if any(map(math.isnan, numbers)) else dict(zip(ERRORS, numbers, strict=True))
+    """Those that are known: a snapshot may have its last queries only."""
+    found = {name: number for name, number in zip(ERRORS, numbers, strict=True) if not math.isnan(number)}
+    return found or None
 
 
 ERRORS = ("q_last_median", "q_last_p95", "q_probe_median", "q_probe_p95")
@@ -165,10 +167,12 @@ def _show(ui: Ui, row: dict[str, Any]) -> None:
         held = "the document" if row["entries"] == row["of"] else "what the snapshot holds"
         ui.say("everything was kept" + (f": the budget is no smaller than {held}" if row["budget"] else ""))
     if error := row.get("output_error"):
-        ui.say(
-            f"attention output error, median and 95th percentile: {error['q_probe_median']:.3f} and "
-            f"{error['q_probe_p95']:.3f} over the document, {error['q_last_median']:.3f} and "
-            f"{error['q_last_p95']:.3f} at its end"
-        )
+        places = {"q_probe": "over the document", "q_last": "at its end"}
+        known = [
+            f"{error[f'{name}_median']:.3f} and {error[f'{name}_p95']:.3f} {place}"
+            for name, place in places.items()
+            if f"{name}_median" in error
+        ]
+        ui.say(f"attention output error, median and 95th percentile: {', '.join(known)}")
     elif "file" in row:
         ui.say("the output error is not known: this snapshot has no saved queries")
