@@ -1,7 +1,6 @@
 """Options of a stage: its keyword-only arguments, read from text by their annotations and held to their limits."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
@@ -27,8 +26,9 @@ _PLAIN = {
     int: Limit(lambda n: True, "a whole number"),
     float: Limit(lambda x: True, "a number"),
 }
-# Beyond these a number is a slip, or infinite: counts are indices of tensors.
-_MOST = {int: 2**31 - 1, float: sys.float_info.max}
+# Beyond these a number is a slip: counts are indices of tensors, and float32 makes infinity or 0 of what lies outside.
+_MOST = {int: 2**31 - 1, float: (2 - 2**-23) * 2.0**127}
+_LEAST = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Option:
             return text == "true"
         if self.kind in _MOST and self.limit:
             value = self.kind(text)
-            if abs(value) <= _MOST[self.kind] and self.limit.holds(value):
+            if (value == 0 or _LEAST <= abs(value) <= _MOST[self.kind]) and self.limit.holds(value):
                 return value
         raise ValueError(f"{text!r} is not {self.words}")
 

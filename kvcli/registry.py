@@ -180,7 +180,7 @@ def named(name: str) -> dict[Kind, Stage]:
     found = {stage.kind: stage for stage in stages() if stage.name == name}
     if not found:
         names = sorted({stage.name for stage in stages()})
-        near = get_close_matches(name, names, n=3)
+        near = get_close_matches(name.lower(), names, n=3)
         raise UsageError(
             f"no method is called {name!r}",
             f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}",

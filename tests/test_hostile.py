@@ -149,3 +149,18 @@ def test_the_error_at_the_end_is_told_where_that_is_all_that_is_known(
     assert found.keys() == {"q_last_median", "q_last_p95"} and 0 < found["q_last_median"] < found["q_last_p95"]
     assert f"{found['q_last_median']:.3f} and {found['q_last_p95']:.3f} at its end" in seen.err
     assert "over the document" not in seen.err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("kvmerger:sigma=1e308", "a number above 0"),
+        ("kvmerger:sigma=1e-300", "a number above 0"),  # in float32 it is 0, which would mean endlessly wide
+        ("kvmerger:epsilon=-1e39", "a number or none"),
+        ("snapkv:sink=1+adakv:sink=9", "option sink is given twice"),
+        ("SnapKV", "did you mean snapkv?"),
+    ],
+)
+def test_recipes_that_cannot_be_meant(work: Path, capsys: pytest.CaptureFixture[str], recipe: str, says: str) -> None:
+    assert run(["compress", "a", "-m", recipe, "-b", "50%", "-o", "x"]) == 2
+    assert says in capsys.readouterr().err
