@@ -105,8 +105,8 @@ class Recipe:
         words = "".join(text.split()).split("+")
         for word in words:
             kind, steps, common = _part(word)
-            if twice := {*generic} & {*common}:
-                raise UsageError(f"--method {text!r}: option {twice.pop()} is given twice", "it is one for the recipe")
+            if unlike := [key for key, value in common.items() if generic.get(key, value) != value]:
+                raise UsageError(f"--method {text!r}: option {unlike[0]} is given twice", "it is one for the recipe")
             generic.update(common)
             if kind:
                 forced[kind] = steps[kind]
