@@ -78,6 +78,9 @@ def check_globals(ids: Tensor, extra: Mapping[str, Tensor], meta: Meta) -> Tenso
         shape = tuple(extra[name].shape) if name in extra else (layers, heads, 1, width)
         if len(shape) != 4 or shape != (layers, heads, min(shape[2], len(ids)), width):
             raise FormatError(f"the snapshot's tensor {name} is {shape}", "it does not fit the cache")
+    for name, part in extra.items():
+        if name.startswith("stat.") and part.dtype in FLOATS and not bool(part.isfinite().all()):
+            raise FormatError(f"the snapshot's tensor {name} holds NaN or infinity", fix="prefill the document again")
     return ids
 
 
@@ -94,7 +97,7 @@ def check_rows(index: int, rows: Rows, meta: Meta) -> Rows:
 
 
 def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:
-    """The same statistics; FormatError for one whose dtype or shape does not fit the cache."""
+    """The same statistics; FormatError for one that does not fit the cache by dtype or shape, or that is not finite."""
     Hq, D, per_token = meta.layout.q_heads, meta.layout.head_dim, (meta.layout.heads, meta.seq.tokens)
     shapes: dict[str, tuple[int, ...]] = {"attn_mass": per_token, "value_norm": per_token, "sink_logit": (Hq,)}
     for name in ("q_last", "q_probe"):
@@ -106,6 +109,8 @@ def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:
         if not fits or tuple(part.shape) != shapes[name]:
             what = f"{NAMES[part.dtype]} {tuple(part.shape)}"
             raise FormatError(f"the snapshot's tensor {layer_name(index)}.stat.{name} is {what}")
+        if name != "sink_logit":  # where it is -inf there is no sink
+            check_finite(index, **{name: part})
     return stats
 
 

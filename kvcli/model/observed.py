@@ -61,6 +61,7 @@ class ObservedLayer(Layer):
             self.norm[:, past : past + q.shape[1]] = value_norm(values, weight, q.shape[0])
         elif weight is None:
             self.norm = None
+        self.finite &= all(part is None or bool(part.isfinite().all()) for part in (self.mass, self.norm))
         for name, wanted in self.wanted.items():
             here = wanted[(wanted >= past) & (wanted < past + q.shape[1])] - past
             self.queries[name].append(q[:, here.to(q.device)])
