@@ -122,7 +122,6 @@ def prefill(
     onto: snapshot.Snapshot | None = None,
     probe: str | None = None,
     truncate: bool = False,
-    trust: bool = False,
     chunk: int = 1024,
     warn: Warn = _warn,
     tick: Tick = lambda done, total: None,
@@ -130,7 +129,7 @@ def prefill(
     """Read a document, text or ids, and keep the model's memory of it.
 
     raw: leave out the model's chat template; ids are always read as they are.
-    onto: append the document to what this snapshot holds; `trust` takes a model with other weights.
+    onto: append the document to what this snapshot holds; MismatchError unless the model is the one that made it.
     probe: a likely question, run behind the document and left out again; compressing keeps what it asks for.
     truncate: cut a document that is too long, leaving room for a question and its answer.
     warn: is told what of the document the model does not see.
@@ -145,7 +144,7 @@ def prefill(
     if truncate:
         ids = _cut(ids, model, texts.readable(model.config) - start, seq[0], warn)
     if onto:
-        check_model(onto, model, trust=trust, warn=warn)
+        check_model(onto, model, warn=warn)
         found = extend(model, onto, ids, chunk=chunk, tick=tick)
     else:
         found = read_document(model, ids, seq, chunk=chunk, tick=tick)

@@ -110,7 +110,6 @@ def test_another_model_appends_nothing(work: Path, capsys: pytest.CaptureFixture
     line = "prefill b.txt --onto a.kv.safetensors --model other -o x.kv.safetensors".split()
     assert run(line) == 5 and "weights differ" in capsys.readouterr().err
     assert not (work / "x.kv.safetensors").exists()
-    assert run([*line, "--trust-model"]) == 0 and "trusted" in capsys.readouterr().err
 
 
 def test_a_likely_question(work: Path) -> None:

@@ -141,6 +141,7 @@ def test_what_a_stop_text_cut_off_is_not_saved(work: Path, capsys: pytest.Captur
 REFUSED = [
     ("full -p x --save full", 3, "exists"),
     ("full -p x --save -", 2, "--save"),
+    ("full -p x --save new --trust-model", 2, "another model"),
     ("full -p x -p y --save new", 2, "one question"),
     ("full --continuation doc.txt --save new", 2, "--save"),
     ("full -p x --save none/new", 3, "none"),

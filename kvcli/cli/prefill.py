@@ -56,7 +56,6 @@ class Base:
 )
 @click.option("--truncate", is_flag=True, help="Cut a document that is too long, leaving room for question and answer.")
 @click.option("--chunk", type=click.IntRange(1), default=1024, show_default=True, help="Tokens read at a time.")
-@click.option("--trust-model", is_flag=True, help="With --onto, use a model with other weights; warn, don't refuse.")
 @model_options
 @output_options
 def command(docs: tuple[str, ...], output: str | None, force: bool, **options: Any) -> None:
@@ -193,7 +192,7 @@ def _read(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> "tuple[Snaps
     onto = base.reader.snapshot() if base.reader else None
     how = {name: options[name] for name in ("raw", "probe", "truncate", "chunk")}
     with ui.progress(f"reading {job.label}") as tick:
-        snapshot = prefill(job.text, base.model, **how, onto=onto, trust=options["trust_model"], warn=warn, tick=tick)
+        snapshot = prefill(job.text, base.model, **how, onto=onto, warn=warn, tick=tick)
     if base.reader:
         base.reader.verify()
     return snapshot, told

@@ -27,6 +27,9 @@ def check_options(file: str | None, options: Mapping[str, Any], as_json: bool) -
         raise UsageError("--stop needs a text", "an empty one stands everywhere", "leave it out")
     if options["save"] in ("", "-"):
         raise UsageError("--save needs a FILE", "on stdout the snapshot would mix with the answer")
+    if options["save"] and options["trust_model"]:
+        why = "what another model adds would pass for the first one's memory"
+        raise UsageError("--save and --trust-model exclude each other", why, "give the model that made the snapshot")
     if not (math.isfinite(options["temperature"]) and math.isfinite(options["top_p"])):
         raise UsageError("--temperature and --top-p are finite numbers")
     readers = [*options["prompt"], options["questions"], options["continuation"]].count("-")
