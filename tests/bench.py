@@ -1,12 +1,14 @@
 """make bench: quality on hidden facts and ratios of speed, as rows of samples/bench.jsonl and as text.
 
-`make bench WHAT=kvmerger` measures one kind alone: quality, kvmerger (its variants beside H2O and SnapKV) or ratio.
+`make bench WHAT=kvmerger` measures one kind alone: quality, known (the question, by --probe), kvmerger (its
+variants beside H2O and SnapKV) or ratio.
 """
 
 import json
 import platform
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,12 +20,14 @@ from ratios import ratios
 import kvcli
 from kvcli.budget import Budget
 from kvcli.metrics import kl, median_p95, top1
+from kvcli.model.extend import aim
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
 from kvcli.model.resume import Prefix, Sampling, answer, logits
 from kvcli.model.text import document_ids, question_ids
 from kvcli.pipeline import carry_out, make_plans
 from kvcli.recipe import Recipe
+from kvcli.snapshot import Snapshot
 from kvcli.storage import Reader, write_snapshot
 from kvcli.tasks.needle import Question, facts, hit
 
@@ -39,7 +43,11 @@ VARIANTS = (
     "h2o",
     "snapkv",
 )
-GRIDS = {"quality": (RECIPES, ("50%", "35%", "20%")), "kvmerger": (VARIANTS, ("50%", "35%"))}
+GRIDS = {
+    "quality": (RECIPES, ("50%", "35%", "20%")),
+    "known": (("snapkv", "snapkv+adakv"), ("35%", "20%")),
+    "kvmerger": (VARIANTS, ("50%", "35%")),
+}
 COPIES, FACTS, TOKENS = 4, 6, 16
 
 
@@ -72,12 +80,13 @@ def quality(model: Model, kind: str) -> list[dict[str, Any]]:
             full = Path(folder) / "full.kv.safetensors"
             write_snapshot(snapshot, full, force=True)
             asked = [ask_full(model, full, question, tallies) for question in hay.questions]
-            for recipe in recipes:
+            groups = [(snapshot, asked)] if kind != "known" else [(aimed(model, snapshot, one), [one]) for one in asked]
+            for recipe, (source, some) in product(recipes, groups):
                 paths = [Path(folder) / f"{budget}.kv.safetensors" for budget in budgets]
-                plans = make_plans(snapshot, Recipe.parse(recipe), [Budget.parse(budget) for budget in budgets])
-                carry_out(snapshot, plans, paths, force=True)
+                plans = make_plans(source, Recipe.parse(recipe), [Budget.parse(budget) for budget in budgets])
+                carry_out(source, plans, paths, force=True)
                 for budget, path in zip(budgets, paths, strict=True):
-                    ask_small(model, path, asked, tallies.setdefault((recipe, budget), Tally()))
+                    ask_small(model, path, some, tallies.setdefault((recipe, budget), Tally()))
             print(f"copy {seed + 1} of {COPIES} done", file=sys.stderr)
     return [tally.row(kind, *name) for name, tally in tallies.items()]
 
@@ -111,6 +120,11 @@ def ask_full(model: Model, path: Path, question: Question, tallies: dict[tuple[s
     chat.hits.append(hit(answer(model, prefix, plain, Sampling(n=48)).text, question.answer))
     both = [*ids, *said.ids[:-1]]
     return question, ids, both, logits(model, prefix, both, len(said.ids))
+
+
+def aimed(model: Model, snapshot: Snapshot, asked: Asked) -> Snapshot:
+    """The snapshot as `prefill --probe` makes it with the very question, without the start of its answer."""
+    return aim(model, snapshot, question_ids(model.tokenizer, asked[0].prompt, "", snapshot.meta.seq.tail))
 
 
 def ask_small(model: Model, path: Path, asked: list[Asked], tally: Tally) -> None:

@@ -84,6 +84,7 @@ PARTS = {
     "methods": methods_table,
     "commands": commands_text,
     "quality": quality_table,
+    "known": partial(quality_table, "known"),
     "kvmerger": partial(quality_table, "kvmerger"),
     "ratios": ratio_table,
 }
