@@ -5,6 +5,7 @@ variants beside H2O and SnapKV) or ratio.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -140,7 +141,9 @@ def stamp() -> dict[str, str]:
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "kvcli": kvcli.__version__}
-    return {**versions, "python": platform.python_version(), "device": "cpu", "commit": commit.strip()}
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    cpu = f"{os.cpu_count()} cores {platform.machine()}" + (" with AMX" if "amx_bf16" in flags else "")
+    return {**versions, "python": platform.python_version(), "device": "cpu", "cpu": cpu, "commit": commit.strip()}
 
 
 def show(row: dict[str, Any]) -> str:

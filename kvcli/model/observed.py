@@ -4,7 +4,6 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import vector_norm
 
 from ..kernels.mass import attention_mass
 from ..snapshot import Rows, Stats, finite
@@ -141,5 +140,6 @@ def value_norm(v: Tensor, weight: Tensor, q_heads: int) -> Tensor:  # [H, M, Dv]
     heads = weight.view(-1, len(v), q_heads // len(v), v.shape[-1])  # [d, H, G, Dv]
     norms: Tensor = torch.zeros(v.shape[:2], device=v.device)
     for h, g in product(range(len(v)), range(heads.shape[2])):
-        norms[h] += vector_norm(v[h] @ heads[:, h, g].T, 1, -1, dtype=torch.float32)
+        # vector_norm, which does the same, takes four times as long in 16 bit
+        norms[h] += (v[h] @ heads[:, h, g].T).abs_().sum(-1, dtype=torch.float32)
     return norms / heads.shape[2]
