@@ -57,7 +57,9 @@ def run(model: Model, cache: Cache, ids: Sequence[int], keep: int, chunk: int = 
     for start in range(0, len(ids), chunk):
         part = torch.tensor([ids[start : start + chunk]], device=model.net.device)
         here = min(part.shape[1], start + part.shape[1] - (len(ids) - keep))
-        out = model.net(input_ids=part, use_cache=True, logits_to_keep=max(here, 1), **named(model.net, cache))
+        # Indices, since of a slice of the hidden states torch would make a product that copies the whole head first.
+        rows = torch.arange(part.shape[1] - max(here, 1), part.shape[1], device=part.device)
+        out = model.net(input_ids=part, use_cache=True, logits_to_keep=rows, **named(model.net, cache))
         if here > 0:
             yield _finite(model, out.logits[0, -here:])
 
