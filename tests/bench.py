@@ -21,10 +21,11 @@ from ratios import ratios
 import kvcli
 from kvcli.budget import Budget
 from kvcli.metrics import kl, median_p95, top1
+from kvcli.model.answer import Sampling, answer
 from kvcli.model.extend import aim
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
-from kvcli.model.resume import Prefix, Sampling, answer, logits
+from kvcli.model.prefix import Prefix, logits
 from kvcli.model.text import document_ids, question_ids
 from kvcli.pipeline import carry_out, make_plans
 from kvcli.recipe import Recipe

@@ -16,11 +16,12 @@ from transformers import DynamicCache
 from kvcli.budget import Budget
 from kvcli.header import summary
 from kvcli.meta import Layout
+from kvcli.model.answer import Sampling, answer
 from kvcli.model.attend import Law
 from kvcli.model.cache import Layer, make_cache, named
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
-from kvcli.model.resume import Prefix, Sampling, answer
+from kvcli.model.prefix import Prefix
 from kvcli.model.text import document_ids, question_ids
 from kvcli.pipeline import carry_out, make_plans
 from kvcli.recipe import Recipe

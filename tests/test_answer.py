@@ -22,11 +22,11 @@ from transformers import (
 
 from kvcli.errors import FormatError, InfeasibleError, KvError
 from kvcli.metrics import kl, top1
-from kvcli.model.answer import Speech, cut, kept
+from kvcli.model.answer import Sampling, Speech, answer, cut, kept
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
-from kvcli.model.prefix import CHUNK, opening, predict
-from kvcli.model.resume import Prefix, Sampling, answer, compare, expected, logits, question
+from kvcli.model.prefix import CHUNK, Prefix, logits, opening, predict
+from kvcli.model.resume import compare, expected, question
 
 IDS = torch.randint(5, 290, (120,), generator=torch.Generator().manual_seed(1)).tolist()
 LONG = torch.randint(5, 290, (300,), generator=torch.Generator().manual_seed(2)).tolist()

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import kvcli
 from kvcli.cli import run
 from kvcli.errors import FormatError, InfeasibleError, KvError, MismatchError, StorageError, UsageError
+from kvcli.model.answer import Sampling, answer
 from kvcli.model.cache import named
 from kvcli.model.convert import quiet
 from kvcli.model.load import Model
-from kvcli.model.resume import Prefix, Sampling, answer
+from kvcli.model.prefix import Prefix
 from kvcli.model.text import question_ids
 
 TEXT = "The harbour opened at six. " * 12 + "The new ferry is called Kestrel.\n"

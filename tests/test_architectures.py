@@ -17,11 +17,12 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from kvcli.cli import run
 from kvcli.errors import InfeasibleError
 from kvcli.metrics import attend
+from kvcli.model.answer import Sampling, answer
 from kvcli.model.cache import make_cache, named
 from kvcli.model.convert import quiet
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
-from kvcli.model.resume import Prefix, Sampling, answer, logits
+from kvcli.model.prefix import Prefix, logits
 from kvcli.snapshot import Snapshot
 from kvcli.storage import Reader, write_snapshot
 

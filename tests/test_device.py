@@ -15,10 +15,12 @@ from make import make_snapshot
 from test_architectures import IDS, MORE, build
 from torch import Tensor
 
+from kvcli.model.answer import Sampling, answer
 from kvcli.model.extend import aim, extend
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
-from kvcli.model.resume import Prefix, Sampling, answer, expected, logits
+from kvcli.model.prefix import Prefix, logits
+from kvcli.model.resume import expected
 from kvcli.pipeline import protect
 from kvcli.recipe import Recipe
 from kvcli.registry import Ask

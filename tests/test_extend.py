@@ -12,7 +12,7 @@ from kvcli.errors import InfeasibleError, KvError, UsageError
 from kvcli.model.extend import aim, extend
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
-from kvcli.model.resume import Prefix, logits
+from kvcli.model.prefix import Prefix, logits
 from kvcli.snapshot import Rows, append
 from kvcli.storage import Reader
 

@@ -10,11 +10,13 @@ from transformers import DynamicCache
 
 from kvcli.errors import InfeasibleError, KvError
 from kvcli.meta import Layout
+from kvcli.model.answer import Sampling, answer
 from kvcli.model.attend import attend
 from kvcli.model.cache import make_cache, named
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill, probe
-from kvcli.model.resume import Prefix, Sampling, answer, compare, logits
+from kvcli.model.prefix import Prefix, logits
+from kvcli.model.resume import compare
 from kvcli.snapshot import Rows, Snapshot
 
 IDS = torch.randint(5, 290, (150,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -11,10 +11,12 @@ from tiny import tiny_model, tiny_tokenizer
 
 from kvcli.cli import run
 from kvcli.errors import InfeasibleError
+from kvcli.model.answer import Sampling, answer
 from kvcli.model.extend import extend
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
-from kvcli.model.resume import Prefix, Sampling, answer, logits, question, turn
+from kvcli.model.prefix import Prefix, logits
+from kvcli.model.resume import question, turn
 from kvcli.model.text import closing_ids, document_ids
 from kvcli.snapshot import Snapshot
 from kvcli.storage import Reader

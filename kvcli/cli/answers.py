@@ -13,8 +13,9 @@ from .ui import Ui, clean
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..model.answer import Answer, Sampling
     from ..model.load import Model
-    from ..model.resume import Answer, Prefix, Sampling
+    from ..model.prefix import Prefix
     from ..snapshot import Snapshot
 
 Facts = dict[str, Any]
@@ -63,7 +64,9 @@ class Turn:
 
 def ask(talk: Talk, row: Facts) -> Turn:
     """Answer one question, streaming to stdout."""
-    from ..model.resume import answer, check_room, closing, compare, question
+    from ..model.answer import answer
+    from ..model.prefix import check_room
+    from ..model.resume import closing, compare, question
 
     ids = question(talk.model, talk.prefix, row["prompt"], row["prefix"])
     _warn_of_loss(talk, "the question", row["prompt"] + row["prefix"])

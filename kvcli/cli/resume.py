@@ -15,7 +15,7 @@ from .ui import Ui, current, model_options, output_options, peak_memory, size
 
 if TYPE_CHECKING:
     from ..model.load import Model
-    from ..model.resume import Prefix
+    from ..model.prefix import Prefix
     from ..snapshot import Snapshot
     from ..storage import Reader
 
@@ -81,7 +81,9 @@ def _begin(ui: Ui, reader: "Reader", name: str, options: Mapping[str, Any]) -> t
     snapshot = reader.snapshot()
     with ui.phases() as phase:
         phase("loading transformers")
-        from ..model.resume import Prefix, Sampling, check_model, model_for
+        from ..model.answer import Sampling
+        from ..model.prefix import Prefix
+        from ..model.resume import check_model, model_for
 
         how = {name: options[name] for name in ("device", "dtype")}
         model = model_for(reader.meta, options["model"], tick=phase, **how)
@@ -101,7 +103,7 @@ def _against(path: str | None, snapshot: "Snapshot", name: str, model: "Model") 
     if path is None:
         return None
     from ..diff import check_same
-    from ..model.resume import Prefix
+    from ..model.prefix import Prefix
     from ..storage import Reader
 
     with Reader(Path(path)) as reader:

@@ -11,9 +11,9 @@ from ..snapshot import Rows, Snapshot, append
 from .attend import Law
 from .cache import Layer, place, windows
 from .load import Model
-from .observe import ids_hash, read, rope_of
+from .observe import CUT, ids_hash, read, rope_of
 from .observed import WINDOW, ObservedLayer
-from .text import context_length, too_long
+from .text import need_room
 
 
 @torch.inference_mode()
@@ -34,10 +34,11 @@ def extend(
     meta, tokens = snapshot.meta, torch.tensor(ids, dtype=torch.int32)
     if not len(tokens):
         raise UsageError("there is nothing to append")
-    end = _end(model, meta.seq.next_pos, f"{len(tokens):,} tokens", len(tokens), "shorten it, or use --truncate")
+    start, end = meta.seq.next_pos, meta.seq.next_pos + len(tokens)
+    need_room(model.config, end, f"no room for {len(tokens):,} tokens behind {start:,}", CUT)
     old = list(snapshot.rows)
     layers = [
-        ObservedLayer(len(tokens), window, _placed(model, rows), meta.seq.next_pos, stats)
+        ObservedLayer(len(tokens), window, _placed(model, rows), start, stats)
         for rows, window, stats in zip(old, windows(model.config), snapshot.stats, strict=True)
     ]
     hidden = read(model, layers, tokens, chunk, tick)
@@ -73,7 +74,8 @@ def aim(model: Model, snapshot: Snapshot, ids: Sequence[int], *, chunk: int = 10
     start, held = snapshot.meta.seq.next_pos, snapshot.meta.held
     if not ids:
         raise InfeasibleError("the model's tokenizer has no token for anything in the probe")
-    end = _end(model, start, f"a probe of {len(ids):,} tokens", len(ids), "shorten the probe, or the document")
+    end, what = start + len(ids), f"no room for a probe of {len(ids):,} tokens behind {start:,}"
+    need_room(model.config, end, what, "shorten the probe, or the document")
     rows, stats = list(snapshot.rows), list(snapshot.stats)
     spans = windows(model.config)
     layers = [_Asking(_placed(model, part), start, window) for part, window in zip(rows, spans, strict=True)]
@@ -83,13 +85,6 @@ def aim(model: Model, snapshot: Snapshot, ids: Sequence[int], *, chunk: int = 10
         q = torch.cat(layers[i].asked, 1)[:, -WINDOW:].to("cpu", rows[i].k.dtype)
         stats[i] = replace(stats[i], q_last=q, q_last_pos=pos)
     return Snapshot(snapshot.meta, snapshot.ids, rows, stats, snapshot.extra)
-
-
-def _end(model: Model, start: int, what: str, new: int, fix: str) -> int:
-    """The position behind `new` tokens from `start` on; InfeasibleError beyond the model's context."""
-    if start + new > context_length(model.config):
-        raise too_long(model.config, f"no room for {what} behind {start:,}", fix)
-    return start + new
 
 
 def _placed(model: Model, rows: Rows) -> Rows:

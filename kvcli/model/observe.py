@@ -15,7 +15,7 @@ from .cache import Layer, named, need_own_attention, windows
 from .load import Model
 from .observed import ObservedLayer
 from .rope import frequencies
-from .text import context_length, too_long
+from .text import need_room
 
 IDENTITY = 8  # tokens run on their own to recognise the model
 CUT = "shorten it, or cut it with --truncate"
@@ -35,8 +35,7 @@ def prefill(
     seq: the lead and tail of `text.document_ids`, and whether the chat template was used.
     Raises InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
-    if len(ids) > context_length(model.config):
-        raise too_long(model.config, f"the document has {len(ids):,} tokens", CUT)
+    need_room(model.config, len(ids), f"the document has {len(ids):,} tokens", CUT)
     layers = [ObservedLayer(len(ids), window) for window in windows(model.config)]
     tokens = torch.tensor(ids, dtype=torch.int32)
     hidden = read(model, layers, tokens, chunk, tick)

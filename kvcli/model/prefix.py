@@ -11,7 +11,7 @@ from ..errors import FormatError, InfeasibleError, KvError
 from ..snapshot import Rows, Snapshot
 from .cache import make_cache, named, place
 from .load import Model
-from .text import context_length, too_long
+from .text import need_room
 
 CHUNK = 128  # rows of logits at once: float32 of a vocabulary of 150,000 is 77 MB
 HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # what configs call the factors of their logits
@@ -41,10 +41,9 @@ class Prefix:
 
 def check_room(model: Model, tokens: int, asked: int, n: int = 0) -> None:
     """Raise InfeasibleError if the context ends before `asked` tokens are run and `n` generated behind `tokens`."""
-    if tokens + asked + n > context_length(model.config):
-        more = f"{asked:,} tokens and an answer of {n:,}" if n else f"{asked:,} tokens"
-        fix = "ask for fewer with -n, or ask less" if n else "shorten the text"
-        raise too_long(model.config, f"no room for {more} behind the {tokens:,} that are read", fix)
+    more = f"{asked:,} tokens and an answer of {n:,}" if n else f"{asked:,} tokens"
+    fix = "ask for fewer with -n, or ask less" if n else "shorten the text"
+    need_room(model.config, tokens + asked + n, f"no room for {more} behind the {tokens:,} that are read", fix)
 
 
 @torch.inference_mode()

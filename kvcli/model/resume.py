@@ -16,11 +16,8 @@ from .answer import Answer, Sampling, answer, kept
 from .identity import check
 from .load import DEFAULT, Model, Tick, find_by_weights, load
 from .observe import probe
-from .prefix import Prefix, check_room, logits, predict
+from .prefix import Prefix, check_room, predict
 from .text import closing_ids, question_ids
-
-__all__ = ["Answer", "Prefix", "Sampling", "answer", "check_model", "check_room", "closing", "compare"]
-__all__ += ["expected", "logits", "model_for", "question", "turn"]
 
 
 def model_for(

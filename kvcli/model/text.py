@@ -131,6 +131,12 @@ def rope_switch(text: Any) -> dict[str, int]:
     return {kind: int(tokens) for kind, tokens in found.items() if tokens}
 
 
+def need_room(config: Any, end: int, what: str, fix: str) -> None:
+    """Raise InfeasibleError where `end` tokens are more than the model attends to; `what` says whose they are."""
+    if end > context_length(config):
+        raise too_long(config, what, fix)
+
+
 def too_long(config: Any, what: str, fix: str) -> InfeasibleError:
     """The error for more tokens than `context_length`; `what` says how many there are."""
     limit = context_length(config)
