@@ -69,9 +69,14 @@ def layer_tensors(
     return ((f"{layer_name(index)}.{name}", tensor) for name, tensor in found.items())
 
 
+def ids_hash(ids: Tensor) -> str:  # [N] int32
+    """What a document is known by."""
+    return xxh3_128_hexdigest(ids.numpy().tobytes())
+
+
 def check_globals(ids: Tensor, extra: Mapping[str, Tensor], meta: Meta) -> Tensor:  # [N] -> [N]
     """The same ids; FormatError where they are not those the metadata names, or a tensor of the file fits no cache."""
-    if int(ids.min()) < 0 or xxh3_128_hexdigest(ids.numpy().tobytes()) != meta.seq.ids_hash:
+    if int(ids.min()) < 0 or ids_hash(ids) != meta.seq.ids_hash:
         raise FormatError("the snapshot's tensor ids is wrong", "its hash is not the one in the metadata")
     layers, heads = meta.layout.layers, meta.layout.heads
     for name, width in (("stat.probe_k", meta.layout.head_dim), ("stat.probe_v", meta.layout.v_dim)):

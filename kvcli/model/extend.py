@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InfeasibleError, UsageError
+from ..layers import ids_hash
 from ..snapshot import Rows, Snapshot, append
 from .attend import Law
 from .cache import Layer, place, windows
 from .load import Model
-from .observe import CUT, ids_hash, read, rope_of
+from .observe import CUT, read, rope_of
 from .observed import WINDOW, ObservedLayer
 from .text import need_room
 

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import xxhash
 from torch import Tensor
 from transformers import Cache
 
 from ..errors import InfeasibleError, KvError
-from ..layers import NAMES
+from ..layers import NAMES, ids_hash
 from ..meta import Json, Layout, Meta, Seq
 from ..snapshot import Snapshot, finite
 from .cache import Layer, named, need_own_attention, windows
@@ -86,11 +85,6 @@ def _check_shapes(layers: Sequence[Layer]) -> None:
     if odd := next((i for i, shape in enumerate(shapes) if shape != shapes[0]), 0):
         why = f"[heads, size] of a token: layer {odd} has {shapes[odd]}, layer 0 has {shapes[0]}"
         raise InfeasibleError("the model's layers are not of one shape, as those of a snapshot are", why)
-
-
-def ids_hash(ids: Tensor) -> str:  # [N] int32
-    """What a document is known by."""
-    return xxhash.xxh3_128_hexdigest(ids.numpy().tobytes())
 
 
 def _meta(model: Model, ids: Tensor, seq: tuple[int, str, bool], layers: Sequence[ObservedLayer]) -> Meta:
