@@ -23,6 +23,10 @@ class KvError(Exception):
         """The message as it is shown, empty lines left out."""
         return [line for line in (self.what, self.why, self.fix) if line]
 
+    def facts(self) -> dict[str, int | str]:
+        """The same as JSON has it."""
+        return {"code": self.exit_code, "what": self.what, "why": self.why, "fix": self.fix}
+
 
 class UsageError(KvError):
     """The command line, a recipe or a budget cannot be understood."""

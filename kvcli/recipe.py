@@ -1,6 +1,7 @@
 """Text <-> recipe: which score, allocation, reduction and encoding, each with its options."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -194,3 +195,39 @@ def _value(word: str, key: str, text: str, option: Option) -> Any:
         return option.read(text)
     except ValueError as cause:
         raise UsageError(f"--method {word!r}: {key}={text!r:.80}", f"{key} is {option.words}") from cause
+
+
+def split(texts: Iterable[str]) -> list[str]:
+    """The recipes, budgets or tasks of lists with commas, in order.
+
+    A comma begins a new one, unless `key=value` follows: that is one more option of the one before. What takes a single
+    stage, such as `score=random`, is no option.
+    """
+    found: list[str] = []
+    for text in texts:
+        parts: list[str] = []
+        for item in text.split(","):
+            key = re.match(r"\s*(\w+)\s*=", item)
+            if parts and key and key[1] not in KINDS:
+                parts[-1] += f",{item}"
+            else:
+                parts.append(item)
+        found += [part.strip() for part in parts]
+    return found
+
+
+Cell = tuple[Recipe, Budget | None]
+
+
+def grid(methods: Iterable[str], budgets: Sequence[str]) -> list[Cell]:
+    """Every recipe of these lists with every budget, once alone where it takes none; see `split`.
+
+    Raises UsageError for what cannot be read, is given twice, or is a budget for recipes that all take none.
+    """
+    recipes, sizes = [Recipe.parse(text) for text in split(methods)], split(budgets)
+    if twice := next((recipe for i, recipe in enumerate(recipes) if str(recipe) in map(str, recipes[:i])), None):
+        raise UsageError(f"--method {twice} is given twice")
+    some = any(recipe.takes_budget for recipe in recipes)
+    # Where no recipe takes a budget, the first says why.
+    shared = [recipe.budgets(sizes if recipe.takes_budget or not some else []) for recipe in recipes]
+    return [(recipe, budget) for recipe, mine in zip(recipes, shared, strict=True) for budget in mine]

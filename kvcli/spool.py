@@ -16,7 +16,7 @@ from typing import BinaryIO
 from xxhash import xxh3_128
 
 from .errors import FormatError, StorageError
-from .header import Header, check_snapshot, read_header
+from .header import LIMIT, Header, check_snapshot, read_header
 
 BLOCK = 1 << 20  # bytes read, hashed or written at once: what stays in the processor's cache
 Source = str | Path | BinaryIO
@@ -57,6 +57,16 @@ def header_of(source: Source) -> Header:
         return header_at(fd)
     finally:
         os.close(fd)
+
+
+def is_snapshot(path: Path) -> bool:
+    """Whether a regular file begins as a safetensors file does, with the length of its header; no text does.
+
+    Its highest bytes are zero, which stands in no text. Raises StorageError for a file that cannot be read.
+    """
+    with blaming("read", path), path.open("rb") as f:
+        start = f.read(8)
+    return len(start) == 8 and int.from_bytes(start, "little") <= LIMIT
 
 
 def _settle(stream: Stream) -> int:

@@ -15,7 +15,7 @@ from make import make_snapshot, opened, packed, same_snapshot
 from kvcli.errors import FormatError, StorageError
 from kvcli.header import Spec, encode_header
 from kvcli.layers import spec_of
-from kvcli.spool import header_of
+from kvcli.spool import header_of, is_snapshot
 from kvcli.storage import Writer, verify, write_snapshot
 
 
@@ -201,3 +201,33 @@ def test_a_limit_met_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "TMPDIR" in caught.value.fix and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"short",
+        b"A text of words.\n",
+        "Ein Übergang".encode(),
+        b"\xef\xbb\xbfmarked",
+        "wide".encode("utf-16"),
+        "wider".encode("utf-32-le"),
+        b"\n" * 9,
+        b"\x01" * 8,
+        b"\x7f" * 8,
+    ],
+)
+def test_texts_are_no_snapshots(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a").write_bytes(data)
+    assert not is_snapshot(tmp_path / "a")
+
+
+@pytest.mark.parametrize("layers", [1, 2, 40])
+def test_snapshots_are_known_by_how_they_begin(tmp_path: Path, layers: int) -> None:
+    data = packed(make_snapshot(layers=layers, stats=False))
+    for name, found in (("whole", data), ("cut", data[:8])):
+        (tmp_path / name).write_bytes(found)
+        assert is_snapshot(tmp_path / name)
+    with pytest.raises(StorageError, match="none"):
+        is_snapshot(tmp_path / "none")

@@ -13,6 +13,7 @@ LEVELS = [
     {"meta"},
     {"header", "snapshot", "options"},
     {"budget", "registry", "spool"},
+    {"ledger"},
     {"methods", "recipe"},
     {"layers"},
     {"outline"},

@@ -131,8 +131,7 @@ def _attempt(doc: str, documents: int, found: dict[str, Any]) -> Iterator[None]:
         if documents == 1:
             raise
         complain(f"{doc}: {error.what}", error.why, error.fix)
-        facts = {"code": error.exit_code, "what": error.what, "why": error.why, "fix": error.fix}
-        found[doc] = {"document": doc, "error": facts}
+        found[doc] = {"document": doc, "error": error.facts()}
 
 
 def _base(ui: Ui, options: dict[str, Any]) -> Base:
