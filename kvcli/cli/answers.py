@@ -45,7 +45,7 @@ class Turn:
 
     def facts(self) -> Facts:
         """As --json and --jsonl show it."""
-        from ..tasks.needle import hit
+        from ..tasks.scores import hit
 
         facts = {
             "prompt": self.row["prompt"],

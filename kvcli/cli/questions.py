@@ -1,6 +1,5 @@
 """What is asked of a snapshot: prompts, files of questions, a text to continue with, and which options go together."""
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -60,23 +59,16 @@ def continuation(path: str) -> str:
 
 
 def _read(path: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(streams.text_of(path).split("\n"), 1):
-        if line.strip():
-            rows.append(_question(line, f"{path}:{number}"))
-    if not rows:
-        raise FormatError(f"{path} holds no questions")
-    return rows
+    from ..tasks.rows import rows
+
+    given = rows("stdin", sys.stdin.buffer) if path == "-" else rows(path)
+    return [_question(row, where) for where, row in given]
 
 
-def _question(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("prefix", ""), str)
-    answers = row.get("answer", "") if good else None
+def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
+    good = isinstance(row.get("prompt"), str) and isinstance(row.get("prefix", ""), str)
+    answers = row.get("answer", "")
     answers = answers if isinstance(answers, list) else [answers]
     if not good or not answers or not all(isinstance(one, str) for one in answers):
         raise FormatError(f"{where} is not a question", fix='write {"prompt": "...", "answer": "..."} a line')
-    return dict(row)
+    return row

@@ -9,11 +9,9 @@ from itertools import cycle
 from random import Random
 
 from ..errors import UsageError
+from .scores import hit
 
 VERSION = 1  # changes with any word below: hits of two versions do not compare
-
-# Whole words and whole numbers: 48 is not in "148", "48.5" or "48,000".
-_WHOLE = r"(?<!\w)(?<!\d[.,:]){}(?!\w|[.,:]\d)"
 
 
 @dataclass(frozen=True)
@@ -163,12 +161,6 @@ def fit(prose: str, limit: int, size: Callable[[str], int] = lambda text: len(te
     if not taken:
         raise UsageError(f"no paragraph of the text fits in {limit}")
     return "\n\n".join(taken) + "\n"
-
-
-def hit(text: str, answer: str | list[str]) -> bool:
-    """True if an accepted answer stands in the text as whole words or whole numbers, whatever its case."""
-    answers = [answer] if isinstance(answer, str) else answer
-    return any(re.search(_WHOLE.format(re.escape(a.casefold())), text.casefold()) for a in answers)
 
 
 def _sentence_ends(prose: str) -> list[int]:

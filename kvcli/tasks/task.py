@@ -13,6 +13,7 @@ class Question:
     answer: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ("hit",)
     n: int = 16  # most tokens of an answer
+    classes: tuple[str, ...] = ()  # what a classification chooses from
 
 
 @dataclass(frozen=True)
