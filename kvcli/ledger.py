@@ -35,10 +35,10 @@ class Ledger:
             if whole < len(data):
                 self._file.truncate(whole)
 
-    def put(self, row: Row) -> None:
-        """Write a row, which from then on no end of this process can take away."""
+    def put(self, *rows: Row) -> None:
+        """Write rows, which from then on no end of this process can take away."""
         with blaming("write", self._path):
-            self._file.write(line(self._schema, row).encode() + b"\n")
+            self._file.write("".join(line(self._schema, row) + "\n" for row in rows).encode())
             self._file.flush()
 
     def __enter__(self) -> "Ledger":

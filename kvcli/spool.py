@@ -59,13 +59,16 @@ def header_of(source: Source) -> Header:
         os.close(fd)
 
 
-def is_snapshot(path: Path) -> bool:
-    """Whether a regular file begins as a safetensors file does, with the length of its header; no text does.
+def is_snapshot(source: Source) -> bool:
+    """Whether a file, or what a pipe brings, begins as a safetensors file does, with the length of its header.
 
     Its highest bytes are zero, which stands in no text. Raises StorageError for a file that cannot be read.
     """
-    with blaming("read", path), path.open("rb") as f:
-        start = f.read(8)
+    if isinstance(source, str | Path):
+        with blaming("read", source), Path(source).open("rb") as f:
+            start = f.read(8)
+    else:
+        start = source.peek(8)[:8] if isinstance(source, io.BufferedReader) else b""
     return len(start) == 8 and int.from_bytes(start, "little") <= LIMIT
 
 

@@ -82,18 +82,23 @@ class Writer:
         self._digests += digest.digest()
 
 
+def outline_of(snapshot: Snapshot) -> Outline:
+    """What a file will hold that has the whole snapshot in it, unencoded."""
+    meta, lens = replace(snapshot.meta, encode="raw"), [rows.lens for rows in snapshot.rows]
+    parts = frozenset(part for rows in snapshot.rows for part in ("bias", "span") if getattr(rows, part) is not None)
+    return Outline.of(meta, lens, parts, snapshot.stats, snapshot.extra)
+
+
 def write_snapshot(snapshot: Snapshot, target: Source, force: bool = False) -> int:
     """Write a whole snapshot as it is, unencoded, and return its size in bytes.
 
     Positions are left out where they are 0 ... N-1 in every head.
     """
-    meta, lens = replace(snapshot.meta, encode="raw"), [rows.lens for rows in snapshot.rows]
-    parts = frozenset(part for rows in snapshot.rows for part in ("bias", "span") if getattr(rows, part) is not None)
-    outline = Outline.of(meta, lens, parts, snapshot.stats, snapshot.extra)
+    outline = outline_of(snapshot)
     with Writer(target, outline.specs, outline.meta, force) as out:
         out.put("ids", snapshot.ids)
         for i, rows in enumerate(snapshot.rows):
-            shapes = encoder("raw").part("shapes", rows.lens.tolist(), meta.layout)
+            shapes = encoder("raw").part("shapes", rows.lens.tolist(), snapshot.meta.layout)
             payload = {name: getattr(rows, name).reshape(shape) for name, (_, shape) in shapes.items()}
             for name, tensor in layer_tensors(i, payload, rows, outline.parts[i], snapshot.stats[i]):
                 out.put(name, tensor)

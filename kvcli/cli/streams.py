@@ -113,6 +113,15 @@ def waiting(origin: Source, ui: Ui, what: str = "a snapshot") -> Iterator[None]:
         timer.cancel()
 
 
+def write_text(path: Path, text: str, force: bool) -> None:
+    """A file that is there when all of it is."""
+    from ..spool import open_output
+
+    data = text.encode()
+    with open_output(path, len(data), force) as write:
+        write(data)
+
+
 def text_of(path: str) -> str:
     """The UTF-8 text of a file, or of stdin for `-`; raises StorageError, FormatError for what is no text."""
     from ..spool import blaming

@@ -1,0 +1,160 @@
+"""What eval measures: the documents and snapshots it is given, the tasks on them, and the model that reads them."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from . import streams
+from .questions import continuation
+from .ui import Ui
+
+if TYPE_CHECKING:
+    from ..evaluate import Name, Work
+    from ..model.load import Model
+    from ..storage import Reader
+    from ..tasks.task import Case
+    from ..trial import Reading
+
+Options = Mapping[str, Any]
+Named = tuple[str, "Reader"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """The model, and what was named: texts, and snapshots in groups of one document and one model."""
+
+    model: "Model"
+    texts: Sequence[tuple[str, str]]
+    groups: Sequence[Sequence[Named]]
+
+
+def specs(options: Options) -> list[str]:
+    """The tasks asked for; facts and perplexity where nothing is."""
+    from ..recipe import split
+    from ..tasks import named
+
+    asked = split(options["task"])
+    for i, spec in enumerate(asked):
+        named(spec)
+        if spec in asked[:i]:
+            raise UsageError(f"--task {spec} is given twice")
+    return asked or ([] if _about(options) else ["needle", "ppl"])
+
+
+def _about(options: Options) -> bool:
+    """Whether something is asked about the documents themselves."""
+    return options["questions"] is not None or options["continuation"] is not None
+
+
+def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], None]) -> Given:
+    """Read what was named and load the model: --model, else the one that the first snapshot names."""
+    from ..model.load import load
+    from ..model.resume import model_for
+    from ..spool import is_snapshot
+    from ..storage import Reader
+
+    texts, files = list[tuple[str, str]](), list[Named]()
+    for doc in _named(docs, options):
+        origin: streams.Source = sys.stdin.buffer if doc == "-" else Path(doc)
+        with streams.waiting(origin, ui, "a document"):
+            if is_snapshot(origin):
+                files.append((doc, Reader(origin)))
+            else:
+                texts.append((doc, streams.text_of(doc)))
+    _check(texts, files, options)
+    how = {name: options[name] for name in ("device", "dtype")}
+    if files:
+        model = model_for(files[0][1].meta, options["model"], **how, tick=phase)
+    else:
+        model = load(options["model"], **{**how, "dtype": how["dtype"] or "bfloat16"}, tick=phase)
+    groups: dict[str, list[Named]] = {}
+    for name, reader in files:
+        groups.setdefault(reader.meta.seq.ids_hash + json.dumps(reader.meta.model), []).append((name, reader))
+    return Given(model, texts, list(groups.values()))
+
+
+def _named(docs: Sequence[str], options: Options) -> Sequence[str]:
+    """Where none is named a document comes from a pipe, unless no task asks for one."""
+    if twice := next((doc for i, doc in enumerate(docs) if doc in docs[:i]), None):
+        raise UsageError(f"{twice} is given twice")
+    wanted = _about(options) or any(spec.startswith(("needle", "ppl")) for spec in specs(options))
+    return docs or (["-"] if wanted and streams.is_piped(sys.stdin) else [])
+
+
+def _check(texts: Sequence[tuple[str, str]], files: Sequence[Named], options: Options) -> None:
+    if files and not _about(options):
+        why = "a snapshot's document cannot be changed or held out"
+        raise UsageError(f"what is {files[0][0]} to be asked?", why, "give --questions FILE or --continuation FILE")
+    if files and options["raw"]:
+        raise UsageError("--raw with a snapshot", "the snapshot says whether the chat template is used", "leave it out")
+    if _about(options) and not texts and not files:
+        raise UsageError("--questions and --continuation are about documents", fix="name them: kvcli eval report.txt")
+
+
+def gather(ui: Ui, found: Given, options: Options) -> "list[Work]":
+    """Every document of every task, ready to be read."""
+    from ..evaluate import Work
+    from ..model.text import question_ids
+    from ..tasks import cases
+    from ..tasks.task import Setting
+    from ..trial import Reading, read_text
+
+    tokenizer = found.model.tokenizer
+    setting = Setting(
+        found.texts, lambda text: len(question_ids(tokenizer, text, "", "")), options["seed"], options["limit"]
+    )
+    how = Reading(options["raw"], options["truncate"], options["tokens"])
+    made = [case for spec in specs(options) for case in cases(spec, setting)]
+    made += [case for name, text in found.texts for case in _asked(name, text, options)]
+    works = [Work(case, partial(read_text, found.model, case, how, _warner(ui, case))) for case in made]
+    return [*works, *(work for group in found.groups for work in _from_files(ui, found.model, group, how, options))]
+
+
+def _asked(name: str, text: str, options: Options) -> "Iterator[Case]":
+    """What --questions and --continuation ask about one document."""
+    from ..tasks.qa import questions
+    from ..tasks.task import Case
+
+    if options["questions"] is not None:
+        yield Case("questions", name, text, questions(options["questions"]))
+    if options["continuation"] is not None:
+        yield Case("continuation", name, text, continuation=continuation(options["continuation"]))
+
+
+def _from_files(ui: Ui, model: "Model", group: Sequence[Named], how: "Reading", options: Options) -> "Iterator[Work]":
+    """One document of which there are several snapshots: the full one if there is, and those measured as they are."""
+    from ..evaluate import Work
+    from ..trial import read_file
+
+    name, base = next((each for each in group if not each[1].meta.history), group[0])
+    rest = [(_label(*each), each[1]) for each in group if each[1] is not base or base.meta.history]
+    for case in _asked(name, "", options):
+        yield Work(case, partial(read_file, model, case, base, how, _warner(ui, case)), rest)
+
+
+def _label(name: str, reader: "Reader") -> "Name":
+    """What the rows of a file are called: the recipes that made it."""
+    history = reader.meta.history
+    return (
+        (" > ".join(str(entry["recipe"]) for entry in history), str(history[-1]["budget"]))
+        if history
+        else (name, "100%")
+    )
+
+
+def _warner(ui: Ui, case: "Case") -> Callable[[str], None]:
+    return lambda text: ui.warn(f"{case.name}: {text}")
+
+
+def digest(works: "Sequence[Work]") -> str:
+    """A hash of all that is read and asked."""
+    from xxhash import xxh3_128_hexdigest
+
+    return xxh3_128_hexdigest(
+        repr([(work.case, [reader.digest for _, reader in work.files]) for work in works]).encode()
+    )

@@ -1,0 +1,160 @@
+"""A document in the model's memory and the trials on it: questions, or a text that is expected behind it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from .errors import InfeasibleError, UsageError
+from .model import text as texts
+from .model.answer import Sampling, answer
+from .model.load import Model
+from .model.observe import CUT, prefill
+from .model.prefix import Prefix
+from .model.resume import check_model, expected, question
+from .snapshot import Snapshot
+from .storage import Reader, outline_of
+from .tasks.scores import SCORES, label
+from .tasks.task import Case, Question
+
+HELD = 512  # tokens of a document's end that are held out at most, a quarter of it otherwise
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read and asked."""
+
+    raw: bool = False  # without the chat template
+    truncate: bool = False  # cut what is too long
+    tokens: int | None = None  # most tokens of an answer, else as many as the task says
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run behind the document, and `said`: the full cache's own answer to it, or the text that is expected.
+
+    Divergence from the full cache is measured along `said`.
+    """
+
+    ids: list[int]
+    said: list[int]
+    question: Question | None = None
+    text: str = ""  # of the full cache's answer
+
+
+@dataclass(frozen=True)
+class Document:
+    """A case's document, read once, and its trials."""
+
+    case: Case
+    snapshot: Snapshot  # the full one
+    prefix: Prefix
+    trials: Sequence[Trial]
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the file that `prefill` writes."""
+        return outline_of(self.snapshot).file_bytes
+
+
+def read_text(model: Model, case: Case, how: Reading, warn: Warn) -> Document:
+    """Read a case's text, as `prefill` does; its end is left out where it is held out.
+
+    Raises UsageError for an empty or too short text, InfeasibleError for one that is longer than the model reads.
+    """
+    chat = not (how.raw or case.raw) and bool(model.tokenizer.chat_template)
+    ids, lead, tail = texts.document_ids(model.tokenizer, case.text, chat)
+    if missing := texts.lost(model.tokenizer, case.text, ids[lead:]):
+        warn(missing)
+    ids = _fitted(model, case, ids, (lead, tail), how, warn)
+    ids, behind = _held_out(case, ids, lead)
+    snapshot = prefill(model, ids, (lead, tail, chat))
+    return _document(model, case, snapshot, behind, how)
+
+
+def read_file(model: Model, case: Case, reader: Reader, how: Reading, warn: Warn) -> Document:
+    """Take the document from a snapshot; of one that is compressed, the tokens are read again.
+
+    Raises MismatchError for another model's.
+    """
+    snapshot, seq = reader.snapshot(), reader.meta.seq
+    check_model(snapshot, model, warn=warn)
+    if snapshot.meta.history:
+        snapshot = prefill(model, snapshot.ids.tolist(), (seq.lead, seq.tail, seq.chat))
+    return _document(model, case, snapshot, [], how)
+
+
+def nothing(model: Model, chat: bool) -> Prefix:
+    """What the model knows without the document: the template's opening and an empty line."""
+    ids, lead, tail = texts.document_ids(model.tokenizer, ".", chat)
+    blank = [*ids[:lead], *texts.question_ids(model.tokenizer, "\n", "", "")]
+    return Prefix.read(prefill(model, blank or ids[:1], (lead, tail, chat)), model)
+
+
+def values_of(case: Case) -> list[str]:
+    """What the samples of a case have numbers of."""
+    asked = dict.fromkeys(label(name) for each in case.questions for name in each.metrics)
+    return [*asked, "kl", "top1"] if case.questions else ["nll", "kl", "top1"]
+
+
+def judge(model: Model, prefix: Prefix, full: Prefix, trial: Trial) -> tuple[str, dict[str, list[float]]]:
+    """What is answered behind the prefix, and by metric the numbers of the trial: of a text one for each token."""
+    found = expected(model, prefix, full, [*trial.ids, *trial.said], len(trial.said))
+    values = {name: part.double().tolist() for name, part in found.items()}
+    if trial.question is None:
+        return "", {name: values[name] for name in ("nll", "kl", "top1")}
+    text = trial.text
+    if prefix is not full:
+        text = answer(model, prefix, trial.ids, Sampling(n=trial.question.n)).text
+    scores = {label(name): [float(SCORES[name](text, trial.question))] for name in trial.question.metrics}
+    return text, scores | {name: [sum(values[name]) / len(values[name])] for name in ("kl", "top1")}
+
+
+def _document(model: Model, case: Case, snapshot: Snapshot, behind: list[int], how: Reading) -> Document:
+    prefix = Prefix.read(snapshot, model)
+    trials = [Trial([], behind)] if behind else []
+    if case.continuation is not None:
+        trials.append(Trial([], _continuation(model, case)))
+    for each in case.questions:
+        one = replace(each, n=how.tokens or each.n)
+        ids = question(model, prefix, one.prompt, one.prefix)
+        said = answer(model, prefix, ids, Sampling(n=one.n))
+        trials.append(Trial(ids, said.ids, one, said.text))
+    return Document(case, snapshot, prefix, trials)
+
+
+def _continuation(model: Model, case: Case) -> list[int]:
+    ids = texts.question_ids(model.tokenizer, case.continuation or "", "", "")
+    if not ids:
+        raise InfeasibleError("the model's tokenizer has no token for anything in the continuation")
+    return ids
+
+
+def _fitted(model: Model, case: Case, ids: list[int], ends: tuple[int, str], how: Reading, warn: Warn) -> list[int]:
+    """The document's ids, cut where it may be, so that its questions fit behind it."""
+    lead, tail = ends
+    encode = model.tokenizer
+    asked = [len(texts.question_ids(encode, q.prompt, q.prefix, tail)) + (how.tokens or q.n) for q in case.questions]
+    if case.continuation is not None:
+        asked.append(len(_continuation(model, case)))
+    room, limit = max(asked, default=0), texts.context_length(model.config)
+    if len(ids) + room <= limit:
+        return ids
+    if case.cut and limit - room > 2 * lead:
+        first = (limit - room) // 2
+        warn(f"{len(ids):,} tokens, its middle was left out to fit {limit - room:,}")
+        return ids[:first] + ids[len(ids) - (limit - room - first) :]
+    if how.truncate:
+        kept, cut = texts.truncate(encode, ids, limit - room, lead)
+        warn(f"cut to {len(kept):,} tokens, {len(cut):,} were left out")
+        return kept
+    need = f" and {room:,} for question and answer" if room else ""
+    raise texts.too_long(model.config, f"the document has {len(ids):,} tokens{need}", CUT)
+
+
+def _held_out(case: Case, ids: list[int], lead: int) -> tuple[list[int], list[int]]:
+    if not case.hold_out:
+        return ids, []
+    count = min(HELD, (len(ids) - lead) // 4)
+    if not count:
+        raise UsageError("the document is too short to hold its last quarter out", f"it has {len(ids) - lead} tokens")
+    return ids[:-count], ids[-count:]
