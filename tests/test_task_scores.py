@@ -135,6 +135,8 @@ BY_HAND = [
     ("rouge1", "cats", ["cat"], 0),
     ("classification", "a wild cat or a dog\ncat", ["wild cat"], 0.5),
     ("classification", "a wild cat\ndog", ["cat"], 0.5),
+    ("classification", "wild cat", ["wild cat"], 1),
+    ("classification", "a cat", ["wild cat"], 0),
     ("classification", "a bird", ["cat"], 0),
     ("retrieval", "Paragraph 3, not 12 or 3", ["Paragraph 3"], 2 / 3),
     ("retrieval", "段落12", ["段落12"], 1),
@@ -147,6 +149,7 @@ BY_HAND = [
     ("exp_similarity", "half", ["50%"], 0),
     ("concordance", "3, 1", ["3, 1, 2"], 0),
     ("concordance", "1,01", ["1, 2"], 0),
+    ("concordance", "#01, 2", ["1, 2"], 1),
 ]
 
 
@@ -156,9 +159,14 @@ def test_worked_by_hand(metric: str, text: str, answers: list[str], right: float
     assert SCORES[metric](text, Question("", answer=tuple(answers), classes=classes)) == pytest.approx(right, abs=1e-7)
 
 
+def test_classes_are_left_out_as_published() -> None:
+    question = Question("", answer=("wild cat",), classes=("wild", "cat", "wild cat"))
+    assert SCORES["classification"]("a wild cat", question) == 0.5  # "cat" is passed over behind "wild"
+
+
 def test_an_answer_that_repeats_itself_is_scored_and_python_left_as_it_was() -> None:
     before = sys.getrecursionlimit()
-    assert score("rouge", "work and play", "some work " * 1000) > 0
+    assert score("rouge", "work", "work" + " and play" * 1000) > 0
     assert sys.getrecursionlimit() == before
 
 
