@@ -20,7 +20,7 @@ LEVELS = [
     {"storage", "metrics"},
     {"diff"},
     {"pipeline", "model", "tasks"},
-    {"api"},
+    {"api", "document"},
     {"bench", "report"},
     {"cli"},
     {"__main__"},

@@ -17,7 +17,19 @@ import click
 from .. import __version__
 from ..errors import KvError
 
-COMMANDS = ("prefill", "compress", "resume", "eval", "inspect", "verify", "diff", "methods", "doctor", "completion")
+COMMANDS = (
+    "prefill",
+    "compress",
+    "resume",
+    "eval",
+    "bench",
+    "inspect",
+    "verify",
+    "diff",
+    "methods",
+    "doctor",
+    "completion",
+)
 
 
 class _Commands(click.Group):

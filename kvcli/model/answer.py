@@ -26,6 +26,7 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     stops: tuple[str, ...] = ()  # texts that end an answer
+    endless: bool = False  # go on behind the end of the turn: n tokens always, as measuring speed needs
 
     def drawer(self) -> Callable[[Tensor], int]:
         """A function that draws a token from logits [1, V], through the processors `generate` would use.
@@ -126,7 +127,8 @@ def answer(
     """
     check_room(model, prefix.tokens, len(ids), sampling.n)
     begin, first, cache = time.perf_counter(), 0.0, prefix.cache(model)
-    ends, draw = stop_ids(model.net, model.tokenizer, prefix.tail), sampling.drawer()
+    ends = [] if sampling.endless else stop_ids(model.net, model.tokenizer, prefix.tail)
+    draw = sampling.drawer()
     speech, finish = Speech(model.tokenizer, sampling.stops, on_text), "length"
     made: list[int] = []
     logits = next(run(model, cache, ids, 1, chunk=1024)) if ids else opening(model, prefix)

@@ -1,0 +1,225 @@
+"""Bench: recipes, budgets and documents become rows of bytes, seconds, memory and errors; knows no command line."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .document import Document, naming
+from .errors import KvError, StorageError
+from .header import summary
+from .ledger import Row
+from .model.answer import Sampling, answer
+from .model.load import Model
+from .model.prefix import Prefix, check_room
+from .model.resume import question
+from .model.text import question_ids
+from .recipe import Cell
+from .spool import header_of
+from .storage import Reader
+
+SCHEMA = "kvcli.bench/1"
+FULL = "full"  # the method of a snapshot as it was
+PROMPT, ANSWER = "What is this document about?", Sampling(n=32, endless=True)
+SIZES = ("entries", "of", "keep", "kv_bytes", "file_bytes")
+PASSING = (KvError.exit_code, StorageError.exit_code)  # out of memory, no space: next time it may go
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every document goes through, and how often; snapshots are made in `folder`, one in place of another."""
+
+    model: Model
+    cells: Sequence[Cell]
+    folder: Path
+    runs: int = 3
+    seed: int = 0
+
+    @property
+    def config(self) -> Facts:
+        """What all rows share."""
+        recipes = dict.fromkeys(str(recipe) for recipe, _ in self.cells)
+        budgets = dict.fromkeys(budget.text for _, budget in self.cells if budget)
+        asked = {"prompt": PROMPT, "tokens": ANSWER.n}
+        return {"methods": [*recipes], "budgets": [*budgets], **asked, **self._about_all}
+
+    @property
+    def _about_all(self) -> Facts:
+        who = self.model.identity
+        model = {"model": self.model.id, "weights": who["weights"], "dtype": who["dtype"]}
+        return {**model, "seed": self.seed, "runs": self.runs, **stamp(self.model.device)}
+
+    def check(self, document: Document) -> None:
+        """Raise InfeasibleError where the model's context has no room for the question."""
+        ids = question_ids(self.model.tokenizer, PROMPT, "", document.tail)
+        with naming(document.name):
+            check_room(self.model, document.tokens, len(ids), ANSWER.n)
+
+    def rows(
+        self, documents: Sequence[Document], known: Sequence[Row] = (), tick: Callable[[str], None] = lambda text: None
+    ) -> Iterator[tuple[Row, bool]]:
+        """For each document a row of its full snapshot and one of each cell; and whether it was measured just now.
+
+        A row that is `known` is not measured again. What fails is a row with an `error`, and the rest goes on.
+        tick: is told what is being measured.
+        """
+        done = {_identity(row): row for row in known if _lasts(row)}
+        for document in documents:
+            plan = [self._about(document, cell) for cell in (None, *self.cells)]
+            old = [done.get(_identity(about)) for about in plan]
+            try:
+                if not all(old):
+                    tick(f"reading {document.name}")
+                    full = document.full(self.folder)
+                    self._ask(full)  # the first of all takes longer, and is not counted
+            except KvError as error:
+                yield {**plan[0], "error": error.facts()}, True
+                continue
+            for about, row, cell in zip(plan, old, (None, *self.cells), strict=True):
+                if row is not None:
+                    yield {**row, "document": document.name}, False
+                else:
+                    tick(title(about))
+                    yield {**about, **self._measured(full, cell)}, True
+
+    def _about(self, document: Document, cell: Cell | None) -> Row:
+        """What a row is about: rows that agree in all but the name of the document measure the same."""
+        recipe, budget = cell or (FULL, None)
+        return {
+            "document": document.name,
+            "tokens": document.tokens,
+            "ids_hash": document.ids_hash,
+            "snapshot": document.digest,
+            "method": str(recipe),
+            "budget": budget.text if budget else None if cell else "100%",
+            **self._about_all,
+        }
+
+    def _measured(self, full: Path, cell: Cell | None) -> Facts:
+        try:
+            return self._whole(full) if cell is None else self._cell(full, cell)
+        except KvError as error:
+            return {"error": error.facts()}
+
+    def _whole(self, full: Path) -> Facts:
+        return _sizes(full) | _medians([self._ask(full) for _ in range(self.runs)])
+
+    def _cell(self, full: Path, cell: Cell) -> Facts:
+        small = self.folder / "small.kv.safetensors"
+        args = compressing(full, small, cell, self.seed)
+        runs = [compressed(args) for _ in range(self.runs)]
+        timed = _medians([{"seconds": run["seconds"], **self._ask(small)} for run in runs])
+        told = {"output_error": runs[0]["output_error"], "peak_memory": max(run["peak_memory"] for run in runs)}
+        rate = {"bytes_per_second": _sizes(full)["kv_bytes"] / timed["seconds"]}
+        return {**_sizes(small), **told, **timed, **rate}
+
+    def _ask(self, path: Path) -> dict[str, float]:
+        """Seconds to have a snapshot ready for questions, then of one question."""
+        start = time.perf_counter()
+        with Reader(path) as reader:
+            prefix = Prefix.read(reader.snapshot(), self.model)
+            reader.verify()
+        seconds = time.perf_counter() - start
+        said = answer(self.model, prefix, question(self.model, prefix, PROMPT), ANSWER)
+        rate = {"first_token_seconds": said.first_seconds, "tokens_per_second": said.tokens_per_second}
+        return {"load_seconds": seconds, **rate}
+
+
+def compressing(full: Path, small: Path, cell: Cell, seed: int) -> list[str]:
+    """The arguments of kvcli for one cell."""
+    recipe, budget = cell
+    size = ["-b", budget.text] if budget else []
+    return ["compress", str(full), "-m", str(recipe), *size, "-o", str(small), "-f", "--seed", str(seed), "--json"]
+
+
+def compressed(args: Sequence[str]) -> Facts:
+    """The row of one compression; raises the KvError it ended with."""
+    code, out = apart(args)
+    try:
+        told = json.loads(out)
+    except ValueError as cause:
+        why = f"signal {-code}: often the system has no more memory" if code < 0 else f"exit code {code}"
+        raise KvError("kvcli compress ended without a word", why) from cause
+    if error := told.get("error"):
+        kinds = {kind.exit_code: kind for kind in KvError.__subclasses__()}
+        raise kinds.get(error["code"], KvError)(error["what"], error["why"], error["fix"])
+    facts: Facts = told["rows"][0]
+    return facts
+
+
+def apart(args: Sequence[str]) -> tuple[int, str]:
+    """Exit code and stdout of kvcli in a process of its own, whose seconds and memory are its alone."""
+    # The same code whatever lies in the current folder, where `-m kvcli` would look first.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from kvcli.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def _sizes(path: Path) -> Facts:
+    """What the file itself says."""
+    header = header_of(path)
+    facts = summary(header, header.meta)
+    return {name: facts[name] for name in SIZES}
+
+
+def _medians(runs: Sequence[Mapping[str, float]]) -> Facts:
+    """The median of each number, and under `spread` its 20th and 80th percentile."""
+    facts, spread = {}, {}
+    for name in runs[0]:
+        values = torch.tensor([run[name] for run in runs], dtype=torch.float64)
+        low, facts[name], high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        spread[name] = [low, high]
+    return {**facts, "spread": spread}
+
+
+def title(row: Row) -> str:
+    """What a row is called."""
+    return f"{row['document']}, {row['method']} {row['budget'] or ''}".rstrip()
+
+
+def _identity(row: Row) -> str:
+    """What decides the numbers of a row, for rows of any origin."""
+    return json.dumps([row.get(name) for name in IDENTITY])
+
+
+def _lasts(row: Row) -> bool:
+    error = row.get("error")
+    return not (isinstance(error, dict) and error.get("code") in PASSING)
+
+
+STAMP = ("kvcli", "torch", "transformers", "python", "device", "processor")
+IDENTITY = ("ids_hash", "snapshot", "weights", "dtype", "method", "budget", "seed", "runs", *STAMP)
+
+
+def stamp(device: torch.device) -> dict[str, str]:
+    """Where numbers come from: versions, kind of device, and its name."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    found = (__version__, torch.__version__, version("transformers"), platform.python_version(), device.type, processor)
+    return dict(zip(STAMP, map(str, found), strict=True))
+
+
+def _cpu() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    about = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
+    amx = " with AMX" if "amx_bf16" in about.get("flags", "").split() else ""
+    return f"{about.get('model name') or platform.machine()}, {os.cpu_count()} cores{amx}"

@@ -1,0 +1,151 @@
+"""kvcli bench: recipes and budgets measured on documents, as rows of JSON or as tables with bars."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from shutil import copyfileobj
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError
+from . import streams
+from .ui import Ui, complain, current, model_options, output_options
+
+if TYPE_CHECKING:
+    from ..bench import Bench
+    from ..document import Document, Given
+    from ..ledger import Row
+    from ..recipe import Cell
+
+METHODS, BUDGETS = "snapkv+adakv,keydiff,kvmerger", "50%,20%"
+
+
+@click.command("bench", short_help="Measure recipes and budgets on documents.")
+@click.argument("docs", nargs=-1, metavar="[DOC|SNAP|-]...")
+@click.option("-m", "--method", multiple=True, metavar="RECIPE,...", help=f"What is compared [{METHODS}].")
+@click.option(
+    "-b", "--budget", multiple=True, metavar="SIZE,...", help=f"To what size, as compress has it [{BUDGETS}]."
+)
+@click.option(
+    "-o", "--output", metavar="FILE.jsonl|-", help="A line of JSON a row; what FILE has already is not measured again."
+)
+@click.option("-f", "--force", is_flag=True, help="Begin FILE anew, whatever it holds.")
+@click.option("--raw", is_flag=True, help="Read texts as they are, without the model's chat template.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Times are medians of so many.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="For methods that draw by lot."
+)
+@model_options
+@output_options
+def command(docs: tuple[str, ...], method: tuple[str, ...], budget: tuple[str, ...], **options: Any) -> None:
+    """Compress documents by every recipe to every budget, and say what each takes and what it costs.
+
+    A document is a text, which is read once, or its full snapshot. A row has what stays in entries and bytes, seconds
+    and peak memory of compressing (in a process of its own), the time to load the result and to answer a question from
+    it, and the output error. Rows are a table on a terminal, else lines of JSON. A run that was interrupted goes on
+    from its FILE.
+
+    \b
+    Examples:
+      kvcli bench report.txt
+      kvcli bench report.txt notes.txt -m snapkv:window=16,kernel=5,h2o -b 50%,20% -o rows.jsonl
+      kvcli bench report.kv.safetensors -m kvmerger -b 35% --runs 5 --json
+    """
+    ui = current()
+    if ui.as_json and options["output"] == "-":
+        raise UsageError("--json is one object, -o - is one a line", fix="give one of them")
+    cells = _cells(ui, method or (METHODS,), budget)
+    with TemporaryDirectory(prefix="kvcli-bench-") as folder:
+        given = [_given(ui, doc, Path(folder)) for doc in _named(ui, docs)]
+        bench, documents = _ready(ui, given, cells, Path(folder), options)
+        rows = _measure(ui, bench, documents, options)
+    _show(ui, rows, bench, options)
+    if codes := [row["error"]["code"] for row in rows if "error" in row]:
+        raise click.exceptions.Exit(codes[0])
+
+
+def _cells(ui: Ui, methods: Sequence[str], budgets: Sequence[str]) -> "list[Cell]":
+    with ui.phases() as phase:
+        phase("loading torch")
+        from ..recipe import Recipe, grid, split
+
+    if not budgets and any(Recipe.parse(text).takes_budget for text in split(methods)):
+        budgets = (BUDGETS,)
+    return grid(methods, budgets)
+
+
+def _named(ui: Ui, docs: Sequence[str]) -> Sequence[str]:
+    if twice := next((doc for i, doc in enumerate(docs) if doc in docs[:i]), None):
+        raise UsageError(f"{twice} is given twice")
+    return docs or (streams.shown(streams.source(None, ui, full=True)),)
+
+
+def _given(ui: Ui, doc: str, folder: Path) -> "Given":
+    """The text or the snapshot of this name; what comes through a pipe is kept in the folder."""
+    from ..spool import blaming, is_snapshot
+
+    path = Path(doc)
+    if doc == "-" or not path.is_file():
+        origin: streams.Source = sys.stdin.buffer if doc == "-" else path
+        with streams.waiting(origin, ui, "a document"), blaming("read", doc), ExitStack() as stack:
+            copy = stack.enter_context(NamedTemporaryFile(dir=folder, delete=False))
+            copyfileobj(stack.enter_context(origin.open("rb")) if isinstance(origin, Path) else origin, copy)
+        path = Path(copy.name)
+    return doc, path if is_snapshot(path) else streams.text_of(str(path))
+
+
+def _ready(
+    ui: Ui, given: "Sequence[Given]", cells: "Sequence[Cell]", folder: Path, options: dict[str, Any]
+) -> "tuple[Bench, list[Document]]":
+    """All that can be wrong is found before anything is measured."""
+    with ui.phases() as phase:
+        phase("loading transformers")
+        from ..bench import Bench
+        from ..document import model_of, open_document
+
+        how = {name: options[name] for name in ("device", "dtype")}
+        model = model_of(given, options["model"], **how, tick=phase)
+        bench = Bench(model, cells, folder, options["runs"], options["seed"])
+        documents = [open_document(each, model, raw=options["raw"], warn=ui.warn) for each in given]
+        for document in documents:
+            bench.check(document)
+    return bench, documents
+
+
+def _measure(ui: Ui, bench: "Bench", documents: "Sequence[Document]", options: dict[str, Any]) -> "list[Row]":
+    """Every row, told, written and shown as soon as it is there."""
+    from ..bench import SCHEMA, title
+    from ..ledger import Ledger, line
+
+    rows, output = [], options["output"]
+    lines = not ui.as_json and (output == "-" or (output is None and not sys.stdout.isatty()))
+    with ExitStack() as stack:
+        to_file = output not in (None, "-")
+        ledger = stack.enter_context(Ledger(Path(output), SCHEMA, force=options["force"])) if to_file else None
+        phase = stack.enter_context(ui.phases())
+        for row, fresh in bench.rows(documents, ledger.rows if ledger else (), tick=phase):
+            rows.append(row)
+            if ledger and fresh:
+                ledger.put(row)
+            if lines:
+                print(line(SCHEMA, row), flush=True)
+            if "error" in row:
+                complain(f"{title(row)}: {row['error']['what']}", row["error"]["why"], row["error"]["fix"])
+    return rows
+
+
+def _show(ui: Ui, rows: "Sequence[Row]", bench: "Bench", options: dict[str, Any]) -> None:
+    if ui.as_json:
+        from ..bench import SCHEMA
+
+        config = {"raw": options["raw"], **bench.config}
+        ui.result(SCHEMA, {"config": config, "rows": rows})
+    elif sys.stdout.isatty() and options["output"] != "-":
+        from rich.console import Console
+
+        from .chart import draw
+
+        draw(rows, Console())
