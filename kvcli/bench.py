@@ -222,4 +222,6 @@ def _cpu() -> str:
     lines = file.read_text().splitlines() if file.exists() else []
     about = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
     amx = " with AMX" if "amx_bf16" in about.get("flags", "").split() else ""
-    return f"{about.get('model name') or platform.machine()}, {os.cpu_count()} cores{amx}"
+    return (
+        f"{about.get('model name') or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}{amx}"
+    )

@@ -5,8 +5,6 @@ variants beside H2O and SnapKV) or ratio.
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from itertools import product
@@ -15,10 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from ratios import ratios
 
-import kvcli
+from kvcli.bench import stamp
 from kvcli.budget import Budget
 from kvcli.metrics import kl, median_p95, top1
 from kvcli.model.answer import Sampling, answer
@@ -138,13 +135,9 @@ def ask_small(model: Model, path: Path, asked: list[Asked], tally: Tally) -> Non
         tally.top1 += top1(reference, other).tolist()
 
 
-def stamp() -> dict[str, str]:
+def commit() -> str:
     describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "kvcli": kvcli.__version__}
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    cpu = f"{os.cpu_count()} cores {platform.machine()}" + (" with AMX" if "amx_bf16" in flags else "")
-    return {**versions, "python": platform.python_version(), "device": "cpu", "cpu": cpu, "commit": commit.strip()}
+    return subprocess.run(describe, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
 
 
 def show(row: dict[str, Any]) -> str:
@@ -164,7 +157,7 @@ def main() -> None:
     for kind in which:
         fresh = quality(model, kind) if kind in GRIDS else ratios(model)
         rows |= {
-            kind: [{**row, **stamp()} for row in fresh if row["kind"] == kind]
+            kind: [{**row, **stamp(model.device), "commit": commit()} for row in fresh if row["kind"] == kind]
             for kind in {row["kind"] for row in fresh}
         }
     every = [row for kind in rows.values() for row in kind]

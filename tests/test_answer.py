@@ -260,3 +260,13 @@ def test_the_context_is_respected_to_the_token(model: Model) -> None:
     assert len(expected(model, prefix, None, [7] * 392, 1)["nll"]) == 1
     with pytest.raises(InfeasibleError, match="no room"):
         expected(model, prefix, None, [7] * 393, 1)
+
+
+def test_speed_is_measured_over_as_many_tokens_as_are_asked_for(model: Model) -> None:
+    prefix = remember(model)
+    said = answer(model, prefix, LONG, Sampling(n=6))
+    ends = set(said.ids)
+    model.net.generation_config.eos_token_id = [*ends]
+    assert answer(model, prefix, LONG, Sampling(n=6)).finish == "end"
+    endless = answer(model, prefix, LONG, Sampling(n=6, endless=True))
+    assert (endless.finish, len(endless.ids)) == ("length", 6)

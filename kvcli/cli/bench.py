@@ -12,7 +12,7 @@ import click
 
 from ..errors import UsageError
 from . import streams
-from .ui import Ui, complain, current, model_options, output_options
+from .ui import Ui, complain, current, model_options, output_options, size
 
 if TYPE_CHECKING:
     from ..bench import Bench
@@ -116,25 +116,42 @@ def _ready(
 
 
 def _measure(ui: Ui, bench: "Bench", documents: "Sequence[Document]", options: dict[str, Any]) -> "list[Row]":
-    """Every row, told, written and shown as soon as it is there."""
-    from ..bench import SCHEMA, title
-    from ..ledger import Ledger, line
+    """Every row, written and told as soon as it is there."""
+    from ..bench import SCHEMA
+    from ..ledger import Ledger
 
-    rows, output = [], options["output"]
-    lines = not ui.as_json and (output == "-" or (output is None and not sys.stdout.isatty()))
+    rows, taken, output = [], 0, options["output"]
     with ExitStack() as stack:
         to_file = output not in (None, "-")
         ledger = stack.enter_context(Ledger(Path(output), SCHEMA, force=options["force"])) if to_file else None
         phase = stack.enter_context(ui.phases())
         for row, fresh in bench.rows(documents, ledger.rows if ledger else (), tick=phase):
             rows.append(row)
+            taken += not fresh
             if ledger and fresh:
                 ledger.put(row)
-            if lines:
-                print(line(SCHEMA, row), flush=True)
-            if "error" in row:
-                complain(f"{title(row)}: {row['error']['what']}", row["error"]["why"], row["error"]["fix"])
+            _tell(ui, row, output)
+    if taken:
+        ui.say(f"{taken} of {len(rows)} rows were in {output} already")
     return rows
+
+
+def _tell(ui: Ui, row: "Row", output: str | None) -> None:
+    from ..bench import SCHEMA, title
+    from ..ledger import line
+
+    if not ui.as_json and (output == "-" or (output is None and not sys.stdout.isatty())):
+        print(line(SCHEMA, row), flush=True)
+    if error := row.get("error"):
+        complain(f"{title(row)}: {error['what']}", error["why"], error["fix"])
+    elif not _is_table(ui, output):
+        speed = f"{row['tokens_per_second']:.1f} tokens/s"
+        time = f", compressed in {row['seconds']:.2f} s" if "seconds" in row else ""
+        ui.say(f"{title(row)}: {size(row['file_bytes'])}{time}, {speed}")
+
+
+def _is_table(ui: Ui, output: str | None) -> bool:
+    return sys.stdout.isatty() and output != "-" and not ui.as_json
 
 
 def _show(ui: Ui, rows: "Sequence[Row]", bench: "Bench", options: dict[str, Any]) -> None:
@@ -143,7 +160,7 @@ def _show(ui: Ui, rows: "Sequence[Row]", bench: "Bench", options: dict[str, Any]
 
         config = {"raw": options["raw"], **bench.config}
         ui.result(SCHEMA, {"config": config, "rows": rows})
-    elif sys.stdout.isatty() and options["output"] != "-":
+    elif _is_table(ui, options["output"]):
         from rich.console import Console
 
         from .chart import draw

@@ -1,7 +1,7 @@
 """Rows of a benchmark for a terminal: one table a document, with bars of size and speed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from ..ledger import Row
 
-WIDE, BAR = 110, 8  # columns of a terminal that has room for everything, and those of a bar
+WIDE, USUAL, BAR = 100, 80, 6  # columns of a terminal that has room for everything, for bars, and those of a bar
+STYLE = "cyan"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ COLUMNS = (
 
 def draw(rows: "Sequence[Row]", console: "Console") -> None:
     """A table for each document, in their order."""
+    columns = [
+        replace(column, bar=column.bar and console.width >= USUAL)
+        for column in COLUMNS
+        if console.width >= WIDE or not column.wide
+    ]
     for _, some in groupby(rows, key=lambda row: row["document"]):
-        console.print(_table(list(some), [column for column in COLUMNS if console.width >= WIDE or not column.wide]))
+        console.print(_table(list(some), columns))
 
 
 def _table(rows: "Sequence[Row]", columns: Sequence[Column]) -> "Table":
@@ -60,7 +66,7 @@ def _table(rows: "Sequence[Row]", columns: Sequence[Column]) -> "Table":
     from rich.text import Text
 
     title = Text(clean(f"{rows[0]['document']}: {rows[0]['tokens']:,} tokens, {rows[0]['model']}"))
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold")
     for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)
@@ -76,9 +82,9 @@ def _cells(column: Column, row: "Row", rows: "Sequence[Row]") -> "list[Renderabl
     from rich.progress_bar import ProgressBar
 
     value = row.get(column.field)
-    failed = "failed" if "error" in row and column is COLUMNS[0] else ""
+    failed = "failed" if "error" in row and column.field == COLUMNS[0].field else ""
     words = failed if value is None else column.words(value)
     if not column.bar:
         return [words]
     most = max(other.get(column.field, 0) for other in rows)
-    return [words, "" if value is None else ProgressBar(total=most, completed=value, width=BAR)]
+    return [words, "" if value is None else ProgressBar(most, value, BAR, complete_style=STYLE, finished_style=STYLE)]
