@@ -125,13 +125,16 @@ def _check_gates(gates: Mapping[str, float], works: "Sequence[Work]") -> None:
 
 def _config(model: "Model", works: "Sequence[Work]", options: Options) -> dict[str, Any]:
     """What the numbers depend on, methods and budgets apart."""
+    from torch import get_num_threads
+
     from ..bench import stamp
     from ..tasks import version
     from .works import specs
 
     tasks = {spec: version(spec) for spec in specs(options)}
     asked = {name: options[name] for name in ("raw", "known", "truncate", "tokens", "limit", "seed")}
-    return {**stamp(model.device), "tasks": tasks, **asked, "cases": digest(works)}
+    who = {"model": model.id, **{name: model.identity[name] for name in ("weights", "dtype")}}
+    return {**who, **stamp(model.device), "threads": get_num_threads(), "tasks": tasks, **asked, "cases": digest(works)}
 
 
 @dataclass(frozen=True)
