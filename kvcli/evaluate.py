@@ -95,8 +95,11 @@ def named(recipe: Recipe, budget: Budget | None) -> Name:
 def evaluate(model: Model, works: Sequence[Work], grid: Grid, done: Collection[Key] = ()) -> Iterator[Unit]:
     """Measure every document under every method that is not done yet. Errors a user can act on become units.
 
-    Memory is the model, one full snapshot and one compressed one.
+    Memory is the model, one full snapshot and one compressed one. Raises UsageError for known questions where there
+    are none.
     """
+    if grid.known and any(not work.case.questions for work in works):
+        raise UsageError("--known is about questions", "a text that is expected asks none", "leave out ppl, or --known")
     blank: dict[bool, Prefix] = {}
     for work in works:
         left = [name for name in work.names(grid) if work.key(name) not in done]
@@ -159,10 +162,8 @@ class _Measure:
 
     def aimed(self, trial: Trial) -> Snapshot:
         """The snapshot as `prefill --probe` makes it with the very question, without the start of its answer."""
-        if trial.question is None:
-            raise UsageError("--known is about questions, and a continuation is none", fix="leave out ppl, or --known")
-        tail = self.document.snapshot.meta.seq.tail
-        ids = question_ids(self.model.tokenizer, trial.question.prompt, "", tail)
+        asked = trial.question.prompt if trial.question else ""
+        ids = question_ids(self.model.tokenizer, asked, "", self.document.snapshot.meta.seq.tail)
         return aim(self.model, self.document.snapshot, ids)
 
     def unit(

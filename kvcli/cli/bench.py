@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from shutil import copyfileobj
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError
 from . import streams
+from .documents import documents
 from .ui import Ui, complain, current, model_options, output_options, size
 
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ def command(docs: tuple[str, ...], method: tuple[str, ...], budget: tuple[str, .
         raise UsageError("--json is one object, -o - is one a line", fix="give one of them")
     cells = _cells(ui, method or (METHODS,), budget)
     with TemporaryDirectory(prefix="kvcli-bench-") as folder:
-        given = [_given(ui, doc, Path(folder)) for doc in _named(ui, docs)]
-        bench, documents = _ready(ui, given, cells, Path(folder), options)
-        rows = _measure(ui, bench, documents, options)
+        named = docs or (streams.shown(streams.source(None, ui, full=True)),)
+        given = documents(ui, named, Path(folder))
+        bench, opened = _ready(ui, given, cells, Path(folder), options)
+        rows = _measure(ui, bench, opened, options)
     _show(ui, rows, bench, options)
     if codes := [row["error"]["code"] for row in rows if "error" in row]:
         raise click.exceptions.Exit(codes[0])
@@ -75,26 +76,6 @@ def _cells(ui: Ui, methods: Sequence[str], budgets: Sequence[str]) -> "list[Cell
     if not budgets and any(Recipe.parse(text).takes_budget for text in split(methods)):
         budgets = (BUDGETS,)
     return grid(methods, budgets)
-
-
-def _named(ui: Ui, docs: Sequence[str]) -> Sequence[str]:
-    if twice := next((doc for i, doc in enumerate(docs) if doc in docs[:i]), None):
-        raise UsageError(f"{twice} is given twice")
-    return docs or (streams.shown(streams.source(None, ui, full=True)),)
-
-
-def _given(ui: Ui, doc: str, folder: Path) -> "Given":
-    """The text or the snapshot of this name; what comes through a pipe is kept in the folder."""
-    from ..spool import blaming, is_snapshot
-
-    path = Path(doc)
-    if doc == "-" or not path.is_file():
-        origin: streams.Source = sys.stdin.buffer if doc == "-" else path
-        with streams.waiting(origin, ui, "a document"), blaming("read", doc), ExitStack() as stack:
-            copy = stack.enter_context(NamedTemporaryFile(dir=folder, delete=False))
-            copyfileobj(stack.enter_context(origin.open("rb")) if isinstance(origin, Path) else origin, copy)
-        path = Path(copy.name)
-    return doc, path if is_snapshot(path) else streams.text_of(str(path))
 
 
 def _ready(

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from . import streams
+from .documents import documents
 from .questions import continuation
 from .ui import Ui
 
@@ -43,7 +45,8 @@ def specs(options: Options) -> list[str]:
         named(spec)
         if spec in asked[:i]:
             raise UsageError(f"--task {spec} is given twice")
-    return asked or ([] if _about(options) else ["needle", "ppl"])
+    usual = [] if _about(options) else ["needle"] if options["known"] else ["needle", "ppl"]
+    return asked or usual
 
 
 def _about(options: Options) -> bool:
@@ -53,46 +56,36 @@ def _about(options: Options) -> bool:
 
 def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], None]) -> Given:
     """Read what was named and load the model: --model, else the one that the first snapshot names."""
-    from ..model.load import load
-    from ..model.resume import model_for
-    from ..spool import is_snapshot
+    from ..document import model_of, naming
     from ..storage import Reader
 
-    texts, files = list[tuple[str, str]](), list[Named]()
-    for doc in _named(docs, options):
-        origin: streams.Source = sys.stdin.buffer if doc == "-" else Path(doc)
-        with streams.waiting(origin, ui, "a document"):
-            if is_snapshot(origin):
-                files.append((doc, Reader(origin)))
-            else:
-                texts.append((doc, streams.text_of(doc)))
-    _check(texts, files, options)
-    how = {name: options[name] for name in ("device", "dtype")}
-    if files:
-        model = model_for(files[0][1].meta, options["model"], **how, tick=phase)
-    else:
-        model = load(options["model"], **{**how, "dtype": how["dtype"] or "bfloat16"}, tick=phase)
-    groups: dict[str, list[Named]] = {}
-    for name, reader in files:
-        groups.setdefault(reader.meta.seq.ids_hash + json.dumps(reader.meta.model), []).append((name, reader))
-    return Given(model, texts, list(groups.values()))
+    with TemporaryDirectory() as folder:
+        found = documents(ui, _named(docs, options), Path(folder))
+        texts = [(name, text) for name, text in found if isinstance(text, str)]
+        groups: dict[str, list[Named]] = {}
+        for name, path in found:
+            if isinstance(path, Path):
+                with naming(name):
+                    reader = Reader(path)
+                groups.setdefault(reader.meta.seq.ids_hash + json.dumps(reader.meta.model), []).append((name, reader))
+        _check(texts, [*groups.values()], options)
+        how = {name: options[name] for name in ("device", "dtype")}
+        return Given(model_of(found, options["model"], **how, tick=phase), texts, [*groups.values()])
 
 
 def _named(docs: Sequence[str], options: Options) -> Sequence[str]:
     """Where none is named a document comes from a pipe, unless no task asks for one."""
-    if twice := next((doc for i, doc in enumerate(docs) if doc in docs[:i]), None):
-        raise UsageError(f"{twice} is given twice")
     wanted = _about(options) or any(spec.startswith(("needle", "ppl")) for spec in specs(options))
     return docs or (["-"] if wanted and streams.is_piped(sys.stdin) else [])
 
 
-def _check(texts: Sequence[tuple[str, str]], files: Sequence[Named], options: Options) -> None:
-    if files and not _about(options):
+def _check(texts: Sequence[tuple[str, str]], groups: Sequence[Sequence[Named]], options: Options) -> None:
+    if groups and not _about(options):
         why = "a snapshot's document cannot be changed or held out"
-        raise UsageError(f"what is {files[0][0]} to be asked?", why, "give --questions FILE or --continuation FILE")
-    if files and options["raw"]:
+        raise UsageError(f"what is {groups[0][0][0]} to be asked?", why, "give --questions FILE or --continuation FILE")
+    if groups and options["raw"]:
         raise UsageError("--raw with a snapshot", "the snapshot says whether the chat template is used", "leave it out")
-    if _about(options) and not texts and not files:
+    if _about(options) and not texts and not groups:
         raise UsageError("--questions and --continuation are about documents", fix="name them: kvcli eval report.txt")
 
 

@@ -16,6 +16,8 @@ from .rows import Row, answers_of, named, rows, text_of
 from .scores import SCORES
 from .task import Case, Question, Setting
 
+VERSION = 1
+
 # A right answer scores above 0 here, whatever it is: one that does not is no answer.
 _STRICT = {"count", "retrieval"}
 

@@ -7,6 +7,7 @@ from ..spool import shown
 from .rows import Row, answers_of, named, rows, text_of
 from .task import Case, Question, Setting
 
+VERSION = 1
 FORM = '{"prompt": "...", "prefix": "...", "answer": "..."}'
 
 

@@ -13,6 +13,8 @@ from .rows import Row, answers_of, named, rows, text_of
 from .scores import SCORES
 from .task import Case, Question, Setting
 
+VERSION = 1
+
 _SUMMARY = ("rouge_gm", "rouge1", "rouge2", "rougeL")
 # Metrics, and most tokens of an answer as the benchmark's experiments/api/api.py has them.
 TASKS = {
