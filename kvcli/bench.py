@@ -202,8 +202,10 @@ def _identity(row: Row) -> str:
 
 
 def _lasts(row: Row) -> bool:
-    error = row.get("error")
-    return not (isinstance(error, dict) and error.get("code") in PASSING)
+    """Whether a row holds numbers, or an error that would come again."""
+    if isinstance(error := row.get("error"), dict):
+        return error.get("code") not in PASSING
+    return {*SIZES, "tokens_per_second"} <= row.keys()
 
 
 STAMP = ("kvcli", "torch", "transformers", "python", "device", "processor")
