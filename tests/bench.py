@@ -28,7 +28,9 @@ from kvcli.pipeline import carry_out, make_plans
 from kvcli.recipe import Recipe
 from kvcli.snapshot import Snapshot
 from kvcli.storage import Reader, write_snapshot
-from kvcli.tasks.needle import Question, facts, hit
+from kvcli.tasks.needle import facts
+from kvcli.tasks.scores import hit
+from kvcli.tasks.task import Question
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("random", "streamingllm", "knorm", "keydiff", "h2o", "snapkv", "snapkv+adakv", "kvmerger")

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from kvcli.errors import UsageError
-from kvcli.tasks.needle import TEMPLATES, Haystack, Question, facts, fit, hit
+from kvcli.tasks.hay import Haystack
+from kvcli.tasks.needle import facts
+from kvcli.tasks.pools import TEMPLATES
+from kvcli.tasks.scores import hit
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 PROSE = (SAMPLES / "harbour.txt").read_text(encoding="utf-8")
@@ -27,11 +30,11 @@ def test_a_seed_is_a_haystack() -> None:
     assert len({question for seed in SEEDS for question in facts(PROSE, seed=seed).questions}) > 5 * len(SEEDS)
 
 
-def test_version_1_stays_as_it_is() -> None:
+def test_version_2_stays_as_it_is() -> None:
     assert facts(SHORT, 3).facts == (
-        "The favourite fruit of Doctor Ivanov is the coconut.",
-        "The spare key of the dairy is under the bucket.",
-        "The magic number of Riga is 3133.",
+        "The favourite fruit of Doctor Ivanov is the peach.",
+        "The spare key of the orchard is under the wheelbarrow.",
+        "The magic number of Prague is 8808.",
     )
 
 
@@ -56,21 +59,28 @@ def test_facts_are_spread_over_the_text(seed: int) -> None:
     assert max(b - a for a, b in pairwise(places)) < 0.45
 
 
+@pytest.mark.parametrize(("length", "bare"), [(None, 500), (3000, 370)])
+def test_the_end_holds_no_fact(length: int | None, bare: int) -> None:
+    """Every method keeps the newest tokens: a fact among them would measure nothing."""
+    for seed in SEEDS:
+        hay = facts(PROSE[:length], 6, seed)
+        assert len(hay.text.split(hay.facts[-1])[1].rstrip()) >= bare
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_facts_are_unlike_and_their_answers_unique(seed: int) -> None:
     hay = facts(PROSE, len(TEMPLATES), seed)
     assert len({fact.split()[1] + fact.split()[-2] for fact in hay.facts}) == len(TEMPLATES)
     for fact, question in zip(hay.facts, hay.questions, strict=True):
-        assert fact.startswith(f"{question.prefix} {question.answer}")
+        assert fact.startswith(f"{question.prefix} {question.answer[0]}")
+        assert question.metrics == ("hit",)
         assert hit(fact, question.answer)
         assert not hit(hay.text.replace(fact, ""), question.answer)
         assert not hit(question.prompt + question.prefix, question.answer)
 
 
 def test_a_sentence_is_never_split() -> None:
-    prose = (
-        'Mrs. Low paid 7.4 pounds, etc. and left. "Was it dear?" she said afterwards. It was e.g. Tuesday.\n\nA title'
-    )
+    prose = 'Mrs. Low paid 7.4 pounds, etc. and left. "Was it dear?" she said afterwards. It was e.g. Tuesday.\n\nA title after all'
     hays = [facts(prose, 1, seed) for seed in SEEDS]
     assert {hay.text[: hay.text.index(hay.facts[0])] for hay in hays} == {
         prose[: prose.index(end) + len(end)] + " " for end in ("left.", "afterwards.", "Tuesday.")
@@ -84,16 +94,6 @@ def test_too_short_a_text_is_refused() -> None:
         facts("", 1)
     with pytest.raises(UsageError, match="unlike"):
         facts(PROSE, len(TEMPLATES) + 1)
-
-
-def test_fit_takes_whole_paragraphs_over_and_again() -> None:
-    prose = "One two three.\n\nFour five.\n"
-    assert fit(prose, 4) == "One two three.\n"
-    assert fit(prose, 8) == "One two three.\n\nFour five.\n\nOne two three.\n"
-    assert len(fit(PROSE, 5000, len)) in range(4000, 5001)
-    for text, limit in (("", 10), (prose, 2)):
-        with pytest.raises(UsageError, match="no paragraph"):
-            fit(text, limit)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,6 @@ def test_hits_are_whole_words(text: str, answer: str | list[str], found: bool) -
 
 
 def test_the_sample_answers_its_questions() -> None:
-    rows = [Question(**json.loads(line)) for line in (SAMPLES / "questions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (SAMPLES / "questions.jsonl").read_text().splitlines()]
     assert 8 <= len(rows) <= 12
-    assert all(hit(PROSE, row.answer) and not hit(row.prompt + row.prefix, row.answer) for row in rows)
+    assert all(hit(PROSE, row["answer"]) and not hit(row["prompt"] + row["prefix"], row["answer"]) for row in rows)
