@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kvcli.cli import COMMANDS
 from kvcli.recipe import written
@@ -55,6 +56,47 @@ def quality_table(kind: str = "quality") -> str:
         cells = (f"`{row['recipe']}`", keep, f"{row['hits']} of {row['asked']}", _number(row.get("kl_mean")))
         rows.append("| " + " | ".join([*cells, _share(row.get("top1")), f"{row['file_bytes'] / 1e6:.1f} MB"]) + " |")
     return "\n".join(rows)
+
+
+def peer_table(path: Path = ROOT / "samples/peer.jsonl") -> str:
+    """kvpress and kvcli beside each other, as `make peer` measured them, with versions and date."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [peer_about(rows), ""] if rows else []
+    lines += ["| keep | method | by | found | KL | top-1 | keys and values | compress | tokens/s |", "| --- " * 9 + "|"]
+    for row in rows:
+        cells = [f"{row['budget']:.0%}", f"`{row['method']}`", row["by"]]
+        cells += [row["error"], *[""] * 5] if "error" in row else peer_cells(row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def peer_cells(row: dict[str, Any]) -> list[str]:
+    found = f"{row['hit']:.0%} ± {row['stderr']:.0%}"
+    held = f"{row['bytes'] / 1e6:.1f} MB ({row['keep']:.0%})"
+    cost = [f"{row['compress_seconds']:.2f} s", f"{row['tokens_per_second']:.0f}"]
+    full = row["method"] == "full"
+    return [
+        found,
+        *(["", ""] if full else [_number(row["kl"]), _share(row["top1"])]),
+        held,
+        "" if full else cost[0],
+        cost[1],
+    ]
+
+
+def peer_about(rows: list[dict[str, Any]]) -> str:
+    sides = [
+        f"{by} {row[by]} (torch {row['torch']}, transformers {row['transformers']})"
+        for by in ("kvcli", "kvpress")
+        for row in rows
+        if row["by"] == by and row["method"] == "full"
+    ]
+    row = rows[0]
+    return (
+        f"{' and '.join(sides)}, {row['date']}, {row['cpu']}, threads: {row['threads']}; {row['model']} in "
+        f"{row['dtype']}, {row['n']} questions about {row['texts']} texts of {row['tokens']:,} tokens. "
+        f"The full caches of both answer {row['agree']} of the {row['n']} with the same tokens."
+    )
 
 
 def ratio_table() -> str:

@@ -1,0 +1,185 @@
+"""What kvpress makes of a job: `make peer` runs this with an interpreter that has kvpress and need not have kvcli.
+
+`python peer.py JOB.json` prints a line with versions, then one for each document, press and budget. The job holds token
+ids, so that both sides read exactly the same: {"model": folder, "dtype", "stops": [ids that end an answer], "budgets",
+"presses", "cases": [{"name", "ids", "questions": [{"ids", "n"}]}]}.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+# Names of kvpress' classes, the outer one first. All options are its defaults.
+PRESSES = {
+    "random": ["RandomPress"],
+    "streamingllm": ["StreamingLLMPress"],
+    "knorm": ["KnormPress"],
+    "keydiff": ["KeyDiffPress"],
+    "snapkv": ["SnapKVPress"],
+    "adakv+snapkv": ["AdaKVPress", "SnapKVPress"],
+    "observed attention": ["ObservedAttentionPress"],
+    "tova": ["TOVAPress"],
+    "expected attention": ["ExpectedAttentionPress"],
+    "adakv+expected": ["AdaKVPress", "ExpectedAttentionPress"],
+    "compactor": ["CompactorPress"],
+    "kvzip": ["KVzipPress"],
+}
+EAGER = {"observed attention"}  # presses that need the attention weights themselves
+
+
+@dataclass(frozen=True)
+class Held:
+    """The cache of a document, the seconds its reading took, and those the press added."""
+
+    cache: Any
+    prefill_seconds: float
+    compress_seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys and values in memory, whether or not a mask hides them."""
+        return sum(part.nbytes for layer in self.cache.layers for part in (layer.keys, layer.values))
+
+
+def make_press(name: str, keep: float) -> Any:
+    kvpress = import_module("kvpress")
+    *outer, inner = PRESSES[name]
+    press = getattr(kvpress, inner)(compression_ratio=1 - keep)
+    for wrap in reversed(outer):
+        press = getattr(kvpress, wrap)(press)
+    return press
+
+
+def read(net: Any, ids: Sequence[int], press: Any = None) -> Held:
+    """Prefill under a press: its time is that inside its hooks, and that of leaving it, when KVzip does its work."""
+    cache, spent = DynamicCache(), []
+    if press is not None:
+        press.forward_hook = timed(press.forward_hook, spent)
+    with nullcontext() if press is None else press(net):
+        begin = time.perf_counter()
+        net.base_model(input_ids=torch.tensor([ids]), past_key_values=cache)
+        end, hooks = time.perf_counter(), sum(spent)
+    return Held(cache, end - begin - hooks, hooks + time.perf_counter() - end)
+
+
+def timed(work: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        out = work(*args, **kwargs)
+        spent.append(time.perf_counter() - begin)
+        return out
+
+    return run
+
+
+@contextmanager
+def attention(net: Any, name: str) -> Iterator[None]:
+    """The model with this attention for a while."""
+    before = net.config._attn_implementation
+    net.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        net.set_attn_implementation(before)
+
+
+def logits(net: Any, cache: Any, ids: Sequence[int], at: int, keep: int = 1) -> Tensor:  # -> [keep, V]
+    """Of the last `keep` of these ids, which stand at positions `at` and on, however few entries are left before."""
+    pos = torch.arange(at, at + len(ids))[None]
+    return net(input_ids=torch.tensor([ids]), past_key_values=cache, position_ids=pos, logits_to_keep=keep).logits[0]
+
+
+def speak(net: Any, held: Held, at: int, question: dict[str, Any], stops: Sequence[int]) -> tuple[list[int], float]:
+    """The greedy answer, and its seconds without the first token; the cache is left as it was."""
+    cache = deepcopy(held.cache)
+    said = [int(logits(net, cache, question["ids"], at).argmax())]
+    at, begin = at + len(question["ids"]), time.perf_counter()
+    while len(said) < question["n"] and said[-1] not in stops:
+        said.append(int(logits(net, cache, said[-1:], at + len(said) - 1).argmax()))
+    return said, time.perf_counter() - begin
+
+
+def expect(net: Any, held: Held, at: int, question: dict[str, Any], said: Sequence[int]) -> Tensor:  # -> [M, V] float32
+    """Log-probabilities at each token of what the full cache said, whatever this one would say."""
+    ids = [*question["ids"], *said[:-1]]
+    return logits(net, deepcopy(held.cache), ids, at, len(said)).float().log_softmax(-1)
+
+
+def divergence(full: Tensor, other: Tensor) -> dict[str, float]:  # [M, V], [M, V] log-probabilities
+    """Mean KL(full || other) in nats, and how often both would say the same next."""
+    same = full.argmax(-1) == other.argmax(-1)
+    return {"kl": float((full.exp() * (full - other)).sum(-1).mean()), "top1": float(same.float().mean())}
+
+
+@torch.inference_mode()
+def measure(net: Any, job: dict[str, Any], case: dict[str, Any], seed: int = 0) -> Iterator[dict[str, Any]]:
+    """A row for the full cache, then one for each press and budget; a press that fails gives a row with its error."""
+    N, full = len(case["ids"]), read(net, case["ids"])
+    said = [speak(net, full, N, question, job["stops"])[0] for question in case["questions"]]
+    asked = list(zip(case["questions"], said, strict=True))
+    wanted = [expect(net, full, N, question, ids) for question, ids in asked]
+    for press, keep in [("full", 1.0), *product(job["presses"], job["budgets"])]:
+        row = {"case": case["name"], "method": press, "budget": keep}
+        try:
+            torch.manual_seed(seed)
+            held = full if press == "full" else under(net, case["ids"], press, keep)
+            answers = []
+            for (question, ids), want in zip(asked, wanted, strict=True):
+                mine, spent = speak(net, held, N, question, job["stops"])
+                found = divergence(want, expect(net, held, N, question, ids))
+                answers.append({"ids": mine, "seconds": spent, **found})
+        except Exception as cause:  # whatever a library of others raises: the next press is measured all the same
+            yield {**row, "error": f"{type(cause).__name__}: {cause}"}
+            continue
+        seconds = {"prefill_seconds": held.prefill_seconds, "compress_seconds": held.compress_seconds}
+        yield {**row, "bytes": held.bytes, **seconds, "answers": answers}
+
+
+def under(net: Any, ids: Sequence[int], press: str, keep: float) -> Held:
+    with attention(net, "eager") if press in EAGER else nullcontext():
+        return read(net, ids, make_press(press, keep))
+
+
+def fingerprint(job: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the weights and of all ids: equal on both sides, or they did not read the same."""
+    weights = hashlib.sha256()
+    for file in sorted(Path(job["model"]).glob("*.safetensors")):
+        with file.open("rb") as parts:
+            for part in iter(partial(parts.read, 1 << 24), b""):
+                weights.update(part)
+    ids = json.dumps([[case["ids"], case["questions"]] for case in job["cases"]])
+    return {"weights": weights.hexdigest(), "ids": hashlib.sha256(ids.encode()).hexdigest()}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    import_module("kvpress")  # before the model is made: it changes the attention of transformers
+    versions = {"kvpress": version("kvpress"), "torch": torch.__version__, "transformers": transformers.__version__}
+    config = {**versions, "python": platform.python_version(), "threads": torch.get_num_threads(), **fingerprint(job)}
+    print(json.dumps(config), flush=True)
+    net = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
+    for i, case in enumerate(job["cases"]):
+        print(f"kvpress: text {i + 1} of {len(job['cases'])}", file=sys.stderr)
+        for row in measure(net, job, case, seed=i):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
