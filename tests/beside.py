@@ -19,16 +19,17 @@ from typing import Any
 
 import peer
 import torch
-from bench import stamp
 from docs import peer_table
 
 import kvcli
+from kvcli.bench import stamp
 from kvcli.model.answer import Answer, Sampling, answer
 from kvcli.model.load import Model, load
 from kvcli.model.prefix import Prefix
 from kvcli.model.resume import expected
 from kvcli.model.text import document_ids, question_ids, stop_ids
-from kvcli.tasks.needle import facts, fit, hit
+from kvcli.tasks import needle
+from kvcli.tasks.scores import hit
 from kvcli.tasks.task import Case, Question, Setting
 
 ROOT = Path(__file__).parent.parent
@@ -51,17 +52,6 @@ PAIRS = (
     ("", "kvzip"),
 )
 RECIPES = [recipe for recipe, _ in PAIRS[1:] if recipe]
-
-
-def texts(setting: Setting, tokens: int, n: int) -> list[Case]:
-    """Documents of about so many tokens, the sample with n unlike facts hidden in it, another draw in each."""
-    prose = fit(setting.texts[0][1], tokens - 16 * n, setting.size)
-    cases = []
-    for seed in range(setting.limit or 1):
-        hay = facts(prose, n, seed)
-        asked = tuple(Question(one.prompt, one.prefix, (one.answer,)) for one in hay.questions)
-        cases.append(Case("needle", f"harbour-{seed}", hay.text, asked))
-    return cases
 
 
 def make_job(model: Model, cases: Iterable[Case], budgets: Sequence[float]) -> dict[str, Any]:
@@ -147,7 +137,7 @@ def averages(
 ) -> dict[str, Any]:
     pairs = [(one, question) for row in rows for one, question in zip(row["answers"], asked[row["case"]], strict=True)]
     texts = [tokenizer.decode(one["ids"], skip_special_tokens=True) for one, _ in pairs]
-    hits = [hit(text, list(question.answer)) for text, (_, question) in zip(texts, pairs, strict=True)]
+    hits = [hit(text, question.answer) for text, (_, question) in zip(texts, pairs, strict=True)]
     share = mean(hits)
     row = {"hit": share, "stderr": (share * (1 - share) / len(hits)) ** 0.5, "n": len(hits)}
     row |= {name: mean(one[name] for one, _ in pairs) for name in ("kl", "top1")}
@@ -189,15 +179,15 @@ def main() -> None:
     given = options()
     model = load(None, device="cpu", dtype=DTYPE)
     sample = (ROOT / "samples/harbour.txt").read_text(encoding="utf-8")
-    setting = Setting([("harbour", sample)], lambda text: len(model.tokenizer.encode(text)), limit=given.texts)
-    cases = texts(setting, given.tokens, given.facts)
+    setting = Setting([("harbour", sample)], lambda text: len(model.tokenizer.encode(text)))
+    cases = needle.cases(f"tokens={given.tokens},copies={given.texts},facts={given.facts}", setting)
     job = make_job(model, cases, given.budgets)
     config, other = theirs(given.peer, job)
     mine = list(ours(model, job, RECIPES))
     run = {"date": date.today().isoformat(), "model": model.id, "dtype": DTYPE, "texts": len(cases)}
     run |= {"tokens": round(mean(len(case["ids"]) for case in job["cases"])), "agree": agreement(mine, other)}
-    stamps = {"kvcli": {**stamp(), "threads": torch.get_num_threads()}}
-    stamps["kvpress"] = {**config, **{name: stamps["kvcli"][name] for name in ("device", "cpu")}}
+    stamps = {"kvcli": {**stamp(model.device), "threads": torch.get_num_threads()}}
+    stamps["kvpress"] = {**config, **{name: stamps["kvcli"][name] for name in ("device", "processor")}}
     sides = {"kvcli": mine, "kvpress": other}
     found = merged({side: summary(rows, cases, model.tokenizer) for side, rows in sides.items()}, given.budgets)
     lines = [json.dumps({**row, **run, **stamps[row["by"]]}) + "\n" for row in found]

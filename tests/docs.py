@@ -1,13 +1,18 @@
 """Write what is generated: the table of method names for help and completion, and the marked parts of README.md."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import EVALS
+
 from kvcli.cli import COMMANDS
+from kvcli.cli.tables import print_tables
 from kvcli.recipe import written
 from kvcli.registry import stages
 
@@ -43,19 +48,18 @@ def commands_text() -> str:
     return "\n\n".join(blocks)
 
 
-def bench_rows(*kinds: str) -> list[dict[str, object]]:
+def bench_rows(kind: str) -> list[dict[str, object]]:
     path = ROOT / "samples/bench.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["kind"] in kinds]
+    return [row for row in rows if row["kind"] == kind]
 
 
-def quality_table(kind: str = "quality") -> str:
-    rows = ["| method | keep | hits | KL | top-1 | file |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in bench_rows(kind):
-        keep = f"{row['keep']:.0%}"
-        cells = (f"`{row['recipe']}`", keep, f"{row['hits']} of {row['asked']}", _number(row.get("kl_mean")))
-        rows.append("| " + " | ".join([*cells, _share(row.get("top1")), f"{row['file_bytes'] / 1e6:.1f} MB"]) + " |")
-    return "\n".join(rows)
+def eval_table(kind: str) -> str:
+    """The command of a kind of `make bench`, and what it prints with --markdown."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        print_tables(bench_rows(kind), markdown=True)
+    return f"```\n{EVALS[kind]}\n```\n\n{out.getvalue().strip()}"
 
 
 def peer_table(path: Path = ROOT / "samples/peer.jsonl") -> str:
@@ -93,7 +97,7 @@ def peer_about(rows: list[dict[str, Any]]) -> str:
     ]
     row = rows[0]
     return (
-        f"{' and '.join(sides)}, {row['date']}, {row['cpu']}, threads: {row['threads']}; {row['model']} in "
+        f"{' and '.join(sides)}, {row['date']}, {row['processor']}, threads: {row['threads']}; {row['model']} in "
         f"{row['dtype']}, {row['n']} questions about {row['texts']} texts of {row['tokens']:,} tokens. "
         f"The full caches of both answer {row['agree']} of the {row['n']} with the same tokens."
     )
@@ -101,7 +105,7 @@ def peer_about(rows: list[dict[str, Any]]) -> str:
 
 def ratio_table() -> str:
     rows = ["| what | ratio | aim |", "| --- | --- | --- |"]
-    rows += [f"| {row['what']} | {row['ratio']:.2f} | {row['aim']} |" for row in bench_rows("ratio", "ragged")]
+    rows += [f"| {row['what']} | {row['ratio']:.2f} | {row['aim']} |" for row in bench_rows("ratio")]
     return "\n".join(rows)
 
 
@@ -125,9 +129,8 @@ def readme() -> str:
 PARTS = {
     "methods": methods_table,
     "commands": commands_text,
-    "quality": quality_table,
-    "known": partial(quality_table, "known"),
-    "kvmerger": partial(quality_table, "kvmerger"),
+    **{kind: partial(eval_table, kind) for kind in EVALS},
+    "peer": peer_table,
     "ratios": ratio_table,
 }
 

@@ -182,7 +182,7 @@ def test_the_table_has_a_line_for_every_row(tmp_path: Path, model: Model) -> Non
     cases = [Case("needle", "a", "", (Question("?", "", ("oak",)),))]
     rows = [spoken("a", "full", 1.0, ["oak"], model), spoken("a", "knorm", 0.3, ["elm"], model)]
     rows.append({"case": "a", "method": "tova", "budget": 0.3, "error": "ValueError: no"})
-    run = {"date": "2000-01-01", "cpu": "2 cores", "threads": 1, "model": "tiny", "dtype": "float32"}
+    run = {"date": "2000-01-01", "processor": "2 cores", "threads": 1, "model": "tiny", "dtype": "float32"}
     run |= {"texts": 1, "tokens": 1000, "agree": 1, "torch": "2", "transformers": "5", "by": "kvpress", "kvpress": "1"}
     path = tmp_path / "peer.jsonl"
     summary = beside.summary(rows, cases, model.tokenizer).values()
