@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-.PHONY: setup demo test check docs bench
+.PHONY: setup demo test check docs bench peer
 
 setup: $(DONE)
 
@@ -38,3 +38,7 @@ docs: setup
 
 bench: setup
 	$(BIN)/python tests/bench.py $(WHAT)
+
+# PEER is the python of an environment of its own that has kvpress.
+peer: setup
+	$(BIN)/python tests/beside.py $(PEER)

@@ -1,5 +1,6 @@
 """Every example of the README runs: its shell lines in order, those of the commands' help, and its Python."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -36,7 +37,9 @@ def desk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     (tmp_path / "memory").mkdir()
     for name in DOCUMENTS:
         (tmp_path / f"{name}.txt").write_text(f"This is {name}. The ferry sailed in Q3 as well. " * 3)
-    (tmp_path / "q.jsonl").write_text('{"prompt": "Who?", "prefix": "It is", "answer": "x"}\n')
+    asked = {"prompt": "Who?", "prefix": "It is", "answer": "x"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(asked) + "\n")
+    (tmp_path / "tests.jsonl").write_text(json.dumps({"context": "The ferry sailed.", "questions": [asked]}) + "\n")
     return tmp_path
 
 
