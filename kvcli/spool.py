@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile, gettempdir
 from typing import BinaryIO
 
 from xxhash import xxh3_128
@@ -192,6 +192,16 @@ def _sweep(path: Path) -> None:
         for left in path.parent.iterdir():
             if (match := pattern.fullmatch(left.name)) and not _alive(int(match[1])):
                 left.unlink()
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for files that nobody keeps: it goes at the end, and those go whose processes were killed."""
+    for left in Path(gettempdir()).glob("kvcli-*"):
+        if (match := re.fullmatch(r"kvcli-([0-9]+)-\w+", left.name)) and not _alive(int(match[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=f"kvcli-{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def _alive(pid: int) -> bool:

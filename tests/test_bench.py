@@ -290,7 +290,8 @@ KVCLI = [sys.executable, "-m", "kvcli"]
 @pytest.mark.slow
 def test_a_killed_run_loses_no_more_than_what_was_running(folder: Path, tmp_path: Path) -> None:
     """With real compressions, in processes of their own; the last run shows its table on a terminal."""
-    path, home = tmp_path / "rows", {"KVCLI_HOME": str(folder / "home"), "COLUMNS": "120"}
+    (tmp_path / "tmp").mkdir()
+    path, home = tmp_path / "rows", {"KVCLI_HOME": str(folder / "home"), "COLUMNS": "120", "TMPDIR": f"{tmp_path}/tmp"}
     args = ["bench", "full", "--model", str(folder / "model"), *"-m h2o,raw -b 50% --runs 1 -o".split(), str(path)]
     child = subprocess.Popen([*KVCLI, *args], cwd=folder, env={**os.environ, **home}, stderr=subprocess.DEVNULL)
     while child.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= 2):
@@ -306,6 +307,7 @@ def test_a_killed_run_loses_no_more_than_what_was_running(folder: Path, tmp_path
     shown = os.read(ours, 100_000).decode()
     os.close(ours)
     assert done.returncode == 0 and b"already" in done.stderr
+    assert not [*(tmp_path / "tmp").iterdir()]
     rows = kept(path)
     assert path.read_text().startswith(before) and names(rows) == [("full", "100%"), ("h2o", "50%"), ("raw", None)]
     assert all(row["peak_memory"] > 50_000_000 and 0 < row["seconds"] < 60 for row in rows[1:])

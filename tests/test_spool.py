@@ -15,7 +15,7 @@ from make import make_snapshot, opened, packed, same_snapshot
 from kvcli.errors import FormatError, StorageError
 from kvcli.header import Spec, encode_header
 from kvcli.layers import spec_of
-from kvcli.spool import header_of, is_snapshot
+from kvcli.spool import header_of, is_snapshot, scratch
 from kvcli.storage import Writer, verify, write_snapshot
 
 
@@ -231,3 +231,20 @@ def test_snapshots_are_known_by_how_they_begin(tmp_path: Path, layers: int) -> N
         assert is_snapshot(tmp_path / name)
     with pytest.raises(StorageError, match="none"):
         is_snapshot(tmp_path / "none")
+
+
+def test_scratch_folders_go_and_those_of_the_dead_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    child = os.fork()
+    if child == 0:
+        with scratch() as mine:
+            (mine / "a").write_text("left")
+            os._exit(9)
+    os.waitpid(child, 0)
+    kept = {tmp_path / "kvcli-notes", tmp_path / f"kvcli-{os.getppid()}-alive"}
+    for path in kept:
+        path.mkdir()
+    (left,) = {*tmp_path.iterdir()} - kept
+    with scratch() as folder:
+        assert (left / "a").exists() is False and {*tmp_path.iterdir()} == kept | {folder}
+    assert {*tmp_path.iterdir()} == kept

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,11 +56,12 @@ def command(docs: tuple[str, ...], method: tuple[str, ...], budget: tuple[str, .
     ui = current()
     if ui.as_json and options["output"] == "-":
         raise UsageError("--json is one object, -o - is one a line", fix="give one of them")
+    from ..spool import scratch
+
     cells = _cells(ui, method or (METHODS,), budget)
-    with TemporaryDirectory(prefix="kvcli-bench-") as folder:
-        named = docs or (streams.shown(streams.source(None, ui, full=True)),)
-        given = documents(ui, named, Path(folder))
-        bench, opened = _ready(ui, given, cells, Path(folder), options)
+    with scratch() as folder:
+        given = documents(ui, docs or (streams.shown(streams.source(None, ui, full=True)),), folder)
+        bench, opened = _ready(ui, given, cells, folder, options)
         rows = _measure(ui, bench, opened, options)
     _show(ui, rows, bench, options)
     if codes := [row["error"]["code"] for row in rows if "error" in row]:

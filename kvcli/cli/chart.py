@@ -41,7 +41,7 @@ COLUMNS = (
     Column("keep", "keep", "{:.1%}".format),
     Column("file", "file_bytes", size, bar=True),
     Column("compress", "seconds", _seconds),
-    Column("GB/s", "bytes_per_second", lambda value: f"{value / 1e9:.2f}", wide=True),
+    Column("GB/s", "bytes_per_second", lambda value: f"{value / 1e9:.3f}", wide=True),
     Column("memory", "peak_memory", size, wide=True),
     Column("load", "load_seconds", _seconds),
     Column("1st token", "first_token_seconds", _seconds, wide=True),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -57,10 +56,11 @@ def _about(options: Options) -> bool:
 def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], None]) -> Given:
     """Read what was named and load the model: --model, else the one that the first snapshot names."""
     from ..document import model_of, naming
+    from ..spool import scratch
     from ..storage import Reader
 
-    with TemporaryDirectory() as folder:
-        found = documents(ui, _named(docs, options), Path(folder))
+    with scratch() as folder:
+        found = documents(ui, _named(docs, options), folder)
         texts = [(name, text) for name, text in found if isinstance(text, str)]
         groups: dict[str, list[Named]] = {}
         for name, path in found:
