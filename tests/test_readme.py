@@ -1,10 +1,13 @@
 """Every example of the README runs: its shell lines in order, those of the commands' help, and its Python."""
 
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -20,13 +23,13 @@ HELP = [
     line.strip() for part in re.findall(r"Examples:\n(.*?)\n\n", REFERENCE, re.DOTALL) for line in part.splitlines()
 ]
 PYTHON = re.findall(r"^```python\n(.*?)^```", PROSE, re.MULTILINE | re.DOTALL)
-DOCUMENTS = ("report", "appendix", "monday", "tuesday", "a", "b", "c")
+DOCUMENTS = ("report", "notes", "appendix", "monday", "tuesday", "a", "b", "c")
 SHELLS = r"(source <\()?kvcli completion"  # tried in tests of their own
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny", max_position_embeddings=8192)
 
 
 @pytest.fixture
@@ -34,13 +37,21 @@ def desk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """A folder with the documents the examples speak of; stdout is no file, as at a terminal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KVCLI_MODEL", str(model))
+    monkeypatch.setattr("kvcli.bench.apart", here)  # processes of its own are tried in test_bench
     (tmp_path / "memory").mkdir()
     for name in DOCUMENTS:
-        (tmp_path / f"{name}.txt").write_text(f"This is {name}. The ferry sailed in Q3 as well. " * 3)
+        (tmp_path / f"{name}.txt").write_text(f"This is the {name}. The ferry sailed in Q3 as well. " * 24)
     asked = {"prompt": "Who?", "prefix": "It is", "answer": "x"}
     (tmp_path / "q.jsonl").write_text(json.dumps(asked) + "\n")
     (tmp_path / "tests.jsonl").write_text(json.dumps({"context": "The ferry sailed.", "questions": [asked]}) + "\n")
     return tmp_path
+
+
+def here(args: Sequence[str]) -> tuple[int, str]:
+    """Exit code and stdout of kvcli, in this process."""
+    with redirect_stdout(io.StringIO()) as out:
+        code = run([*args])
+    return code, out.getvalue()
 
 
 def runs(line: str) -> None:

@@ -63,7 +63,7 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
     \b
     Examples:
       kvcli eval report.txt -m kvmerger,snapkv,h2o -b 50%,35%,20%
-      kvcli eval --task needle:keys,tokens=1000,copies=2 -m keydiff --raw --fail-under hit=0
+      kvcli eval --task needle:keys,tokens=4000,copies=1 -m keydiff --raw --fail-under hit=0
       kvcli eval full.kv.safetensors --questions q.jsonl -m snapkv -b 35% --log answers.jsonl
     """
     ui = current()
