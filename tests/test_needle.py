@@ -80,11 +80,10 @@ def test_facts_are_unlike_and_their_answers_unique(seed: int) -> None:
 
 
 def test_a_sentence_is_never_split() -> None:
-    said = 'Mrs. Low paid 7.4 pounds, etc. and left. "Was it dear?" she said afterwards.'
-    prose = f"{said} It was e.g. Tuesday.\n\nA title after all"
+    prose = 'Mrs. Low paid 7.4 pounds, etc. "Was it dear?" she asked then. It was e.g. Tuesday.\n\nA title at the end'
     hays = [facts(prose, 1, seed) for seed in SEEDS]
     assert {hay.text[: hay.text.index(hay.facts[0])] for hay in hays} == {
-        prose[: prose.index(end) + len(end)] + " " for end in ("left.", "afterwards.", "Tuesday.")
+        prose[: prose.index(end) + len(end)] + " " for end in ("then.", "Tuesday.")
     }
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 from random import Random
 
 from ..errors import UsageError
-from .pools import MAGIC, TEMPLATES, coined, unseen
+from .pools import MAGIC, NAMES, NOUNS, NUMBERS, TEMPLATES, unseen
 from .task import Question
 
 Facts = tuple[list[str], list[Question]]  # sentences in the order they are hidden in, and what is asked
@@ -45,7 +45,7 @@ def _like(text: str, n: int, rng: Random) -> Facts:
 
 def values(text: str, n: int, rng: Random) -> Facts:
     """n keys of several values each, mixed; the values of a key are asked all at once."""
-    names, numbers = _several(MAGIC.keys, n, text, rng), _several(MAGIC.values, n * VALUES, text, rng)
+    names, numbers = _several(NAMES, n, text, rng), _several(NUMBERS, n * VALUES, text, rng)
     sentences = [f"One of the magic numbers of {names[i % n]} is {number}." for i, number in enumerate(numbers)]
     rng.shuffle(sentences)
     prompt, prefix = "What are all the magic numbers of {}?", "The magic numbers of {} are"
@@ -54,13 +54,13 @@ def values(text: str, n: int, rng: Random) -> Facts:
 
 def variables(text: str, n: int, rng: Random) -> Facts:
     """n chains of names that hand on a value, mixed, each in its order; a chain's names are asked all at once."""
-    numbers, names = _several(MAGIC.values, n, text, rng), coined(n * (HOPS + 1), text, rng)
-    chains = [[number, *map(str.capitalize, names[i::n])] for i, number in enumerate(numbers)]
+    numbers, names = _several(NUMBERS, n, text, rng), _several(NOUNS, n * (HOPS + 1), text, rng)
+    chains = [[number, *map(str.upper, names[i::n])] for i, number in enumerate(numbers)]
     order = [i for i in range(n) for _ in range(HOPS + 1)]
     rng.shuffle(order)
     steps = [pairwise(chain) for chain in chains]
     sentences = ["The variable {1} is set to {0}.".format(*next(steps[i])) for i in order]
-    prompt, prefix = "Which variables have the value {}?", "The five variables that have the value {} are"
+    prompt, prefix = "Which variables are set to {}?", "The variables that are set to {} are the variable"
     return sentences, [_all(prompt, prefix, number, names) for number, *names in chains]
 
 

@@ -65,7 +65,16 @@ THOUSANDS = tuple(map(str, range(1000, 10_000)))
 NUMBERS = tuple(map(str, range(10_000, 100_000)))  # equally long: none is part of another
 NAMES = CITIES + LANDS
 
-SYLLABLES = tuple(a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in "lmnrst")
+# None of these is part of another, so that an answer cannot hold one by chance.
+NOUNS = words("""
+acorn anchor apron arrow attic badge balcony basket beetle blanket bonnet bottle bracket branch brick bridge bubble
+button cabin camel canyon carrot castle cellar chapel cherry circle clover compass copper coral cotton cradle curtain
+dagger desert dragon drum eagle engine falcon feather fence ferry finger flame forest galaxy garden giant glacier
+goblet guitar hammer harvest helmet hollow horizon island jacket jewel jungle kettle kitten ladder lantern leopard
+lobster magnet mantle meadow mirror monkey mountain napkin needle nephew onion orchid oyster paddle palace parrot
+pebble pepper pillow pirate planet pocket pumpkin puzzle quarry rabbit ribbon river rocket saddle salmon scarf
+shadow shovel sister spider squirrel stable summit tailor thunder ticket tiger tunnel turtle valley velvet violin
+wagon walnut whistle window wizard zebra""")
 
 TEMPLATES = (
     Template("What is the magic number of {key}?", "The magic number of {key} is {value}.", CITIES, THOUSANDS),
@@ -95,7 +104,7 @@ TEMPLATES = (
         COVERS,
     ),
 )
-MAGIC = Template("What is the magic number of {key}?", "The magic number of {key} is {value}.", NAMES, NUMBERS)
+MAGIC = Template("What is the magic number of the {key}?", "The magic number of the {key} is {value}.", NOUNS, NUMBERS)
 
 
 def unseen(pool: Sequence[str], text: str, rng: Random) -> str:
@@ -106,14 +115,3 @@ def unseen(pool: Sequence[str], text: str, rng: Random) -> str:
         if word.casefold() not in low:
             return word
     raise UsageError("every name or value of a fact occurs in the text already", fix="take a shorter text")
-
-
-def coined(n: int, text: str, rng: Random) -> list[str]:
-    """n made-up words of six letters that are no part of the text."""
-    made: list[str] = []
-    low = text.casefold()
-    while len(made) < n:
-        word = rng.choice(SYLLABLES) + rng.choice(SYLLABLES)
-        if word not in made and word not in low:
-            made.append(word)
-    return made

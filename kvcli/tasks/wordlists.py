@@ -5,23 +5,13 @@ from math import pi
 from random import Random
 
 from ..errors import UsageError
-from .pools import coined, words
+from .pools import NOUNS
 from .task import Question
 
 COMMON, RARE = 10, 100  # words; RULER has 30 of each common and 3 of each other one in a list of 600
 FREQUENT = 3
 ZETA2 = pi**2 / 6
-
-# None of these is part of another, so that an answer cannot hold one by chance.
-NOUNS = words("""
-acorn anchor apron arrow attic badge balcony basket beetle blanket bonnet bottle bracket branch brick bridge bubble
-button cabin camel canyon carrot castle cellar chapel cherry circle clover compass copper coral cotton cradle curtain
-dagger desert dragon drum eagle engine falcon feather fence ferry finger flame forest galaxy garden giant glacier
-goblet guitar hammer harvest helmet hollow horizon island jacket jewel jungle kettle kitten ladder lantern leopard
-lobster magnet mantle meadow mirror monkey mountain napkin needle nephew onion orchid oyster paddle palace parrot
-pebble pepper pillow pirate planet pocket pumpkin puzzle quarry rabbit ribbon river rocket saddle salmon scarf
-shadow shovel sister spider squirrel stable summit tailor thunder ticket tiger tunnel turtle valley velvet violin
-wagon walnut whistle window wizard zebra""")
+SYLLABLES = tuple(a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in "lmnrst")
 
 
 def common(n: int, rng: Random) -> tuple[str, Question]:
@@ -45,12 +35,20 @@ def frequent(n: int, rng: Random) -> tuple[str, Question]:
     """
     _need(n >= 100, n)
     counts = list(takewhile(bool, (int(n / ZETA2 / k**2) for k in count(1))))
-    coded = ["...", *coined(len(counts) - 1, "", rng)]
+    coded = ["...", *_coined(len(counts) - 1, rng)]
     listed = [word for word, times in zip(coded, counts, strict=True) for _ in range(times)]
     rng.shuffle(listed)
     lead = "This is a text in code. Some of its words occur more often than the others; the dots are no words.\n\n"
     asked = "Which three words occur most often in the text?", "The three words that occur most often in the text are:"
     return lead + " ".join(listed), Question(*asked, tuple(coded[1 : FREQUENT + 1]), ("matched",), 32)
+
+
+def _coined(n: int, rng: Random) -> list[str]:
+    """Made-up words, equally long: none is part of another."""
+    made: dict[str, None] = {}
+    while len(made) < n:
+        made[rng.choice(SYLLABLES) + rng.choice(SYLLABLES)] = None
+    return list(made)
 
 
 def _need(enough: bool, n: int) -> None:
