@@ -84,7 +84,7 @@ def ours(model: Model, job: dict[str, Any], recipes: Sequence[str]) -> Iterator[
             prefix = Prefix.read(small, model)
             asked = zip(case["questions"], said, strict=True)
             answers = [ask(model, prefix, reference, one, its) for one, its in asked]
-            row = {"case": case["name"], "method": recipe, "budget": keep, "bytes": held(prefix)}
+            row = {"case": case["name"], "method": recipe, "budget": keep, "bytes": nbytes(prefix)}
             yield {**row, **seconds, "answers": answers}
 
 
@@ -95,7 +95,7 @@ def ask(model: Model, prefix: Prefix, full: Prefix, question: dict[str, Any], sa
     return {"ids": mine.ids, "seconds": mine.seconds - mine.first_seconds, **divergence}
 
 
-def held(prefix: Prefix) -> int:
+def nbytes(prefix: Prefix) -> int:
     """Bytes of what attention reads: keys, values, and biases where entries were merged."""
     parts = (part for rows in prefix.rows for part in (rows.k, rows.v, rows.bias) if part is not None)
     return sum(part.nbytes for part in parts)
@@ -107,9 +107,10 @@ def theirs(interpreter: str, job: dict[str, Any]) -> tuple[dict[str, Any], list[
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
         command = [interpreter, "-I", str(Path(peer.__file__)), str(path)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[:3])} failed: give the python of an environment with kvpress, PEER=...")
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as cause:
+            sys.exit(f"{cause}\ngive the python of an environment that has kvpress: make peer PEER=/path/to/python")
     config, *rows = map(json.loads, done.stdout.splitlines())
     if {name: config.pop(name) for name in ("weights", "ids")} != peer.fingerprint(job):
         sys.exit("kvpress read other weights or other tokens than we did")
@@ -136,25 +137,22 @@ def averages(
     rows: Sequence[dict[str, Any]], asked: dict[str, tuple[Question, ...]], tokenizer: Any, full: float
 ) -> dict[str, Any]:
     pairs = [(one, question) for row in rows for one, question in zip(row["answers"], asked[row["case"]], strict=True)]
-    texts = [tokenizer.decode(one["ids"], skip_special_tokens=True) for one, _ in pairs]
-    hits = [hit(text, question.answer) for text, (_, question) in zip(texts, pairs, strict=True)]
+    said = [tokenizer.decode(one["ids"], skip_special_tokens=True) for one, _ in pairs]
+    hits = [hit(text, question.answer) for text, (_, question) in zip(said, pairs, strict=True)]
     share = mean(hits)
     row = {"hit": share, "stderr": (share * (1 - share) / len(hits)) ** 0.5, "n": len(hits)}
     row |= {name: mean(one[name] for one, _ in pairs) for name in ("kl", "top1")}
-    row |= {"bytes": mean(row["bytes"] for row in rows), "keep": mean(row["bytes"] for row in rows) / full}
-    row |= {name: median(row[name] for row in rows) for name in ("prefill_seconds", "compress_seconds")}
-    tokens, seconds = (
-        sum(part) for part in zip(*((len(one["ids"]) - 1, one["seconds"]) for one, _ in pairs), strict=True)
-    )
+    row |= {"bytes": (held := mean(one["bytes"] for one in rows)), "keep": held / full}
+    row |= {name: median(one[name] for one in rows) for name in ("prefill_seconds", "compress_seconds")}
+    tokens, seconds = sum(len(one["ids"]) - 1 for one, _ in pairs), sum(one["seconds"] for one, _ in pairs)
     return row | {"tokens_per_second": tokens / seconds if seconds else 0.0}
 
 
 def agreement(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> int:
     """How many questions the full caches of both sides answer with the same tokens."""
-    said = [
-        [one["ids"] for row in side if row["method"] == "full" for one in row["answers"]] for side in (rows, others)
-    ]
-    return sum(a == b for a, b in zip(*said, strict=True))
+    mine, their = ([row["answers"] for row in side if row["method"] == "full"] for side in (rows, others))
+    pairs = (pair for texts in zip(mine, their, strict=True) for pair in zip(*texts, strict=True))
+    return sum(a["ids"] == b["ids"] for a, b in pairs)
 
 
 def merged(sides: dict[str, dict[tuple[str, float], Any]], budgets: Sequence[float]) -> list[dict[str, Any]]:

@@ -119,6 +119,28 @@ def test_a_press_that_fails_is_a_row(net: Any, job: dict[str, Any], monkeypatch:
     assert rows[-1]["compress_seconds"] > 0
 
 
+def test_no_press_leaves_anything_to_the_next(net: Any, job: dict[str, Any]) -> None:
+    attention = net.model.layers[1].self_attn
+    attention.masked_key_indices = "what AdaKV sets"
+    with pytest.raises(OSError), peer.attention(net, "eager"):
+        assert (net.config._attn_implementation, peer.read(net, job["cases"][0]["ids"]).bytes > 0) == ("eager", True)
+        raise OSError
+    assert (net.config._attn_implementation, hasattr(attention, "masked_key_indices")) == ("sdpa", False)
+
+
+@pytest.mark.parametrize("name", peer.PRESSES)
+def test_a_press_is_nested_as_listed(name: str, monkeypatch: Any) -> None:
+    class Library:
+        def __getattr__(self, kind: str) -> Any:
+            return lambda *inner, **options: [kind, *(inner[0] if inner else [options])]
+
+    monkeypatch.setitem(sys.modules, "kvpress", Library())
+    *kinds, options = peer.make_press(name, 0.25)
+    assert kinds == peer.PRESSES[name]
+    assert options.pop("compression_ratio") == 0.75
+    assert options == peer.OPTIONS.get(name, {})
+
+
 def test_seconds_of_a_press_are_those_in_its_hooks(net: Any, job: dict[str, Any], monkeypatch: Any) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(peer.time, "perf_counter", lambda: float(next(clock)))
@@ -204,6 +226,11 @@ def test_a_peer_that_cannot_be_trusted_ends_it(script: str, words: str, job: dic
     fake.chmod(0o755)
     with pytest.raises(SystemExit, match=words):
         beside.theirs(str(fake), job)
+
+
+def test_a_peer_that_is_not_there_ends_it(job: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="give the python"):
+        beside.theirs(str(tmp_path / "none"), job)
 
 
 def test_the_peer_needs_nothing_of_ours() -> None:
