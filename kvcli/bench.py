@@ -1,22 +1,20 @@
 """Bench: recipes, budgets and documents become rows of bytes, seconds, memory and errors; knows no command line."""
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__
+from . import tally
 from .document import Document, naming
 from .errors import KvError, StorageError
+from .evaluate import FULL, Grid, Name, Work, digest, evaluate, named
 from .header import summary
 from .ledger import Row
 from .model.answer import Sampling, answer
@@ -26,11 +24,12 @@ from .model.resume import question
 from .model.text import question_ids
 from .recipe import Cell
 from .spool import header_of
+from .stamp import STAMP, stamp
 from .storage import Reader
 
 SCHEMA = "kvcli.bench/1"
-FULL = "full"  # the method of a snapshot as it was
 PROMPT, ANSWER = "What is this document about?", Sampling(n=32, endless=True)
+SCORE = ("value", "stderr", "n", "recovery")
 SIZES = ("entries", "of", "keep", "kv_bytes", "file_bytes")
 PASSING = (KvError.exit_code, StorageError.exit_code)  # out of memory, no space: next time it may go
 
@@ -46,6 +45,7 @@ class Bench:
     folder: Path
     runs: int = 3
     seed: int = 0
+    works: Mapping[str, Sequence[Work]] = field(default_factory=dict)  # by document, what the tasks on it measure
 
     @property
     def config(self) -> Facts:
@@ -84,6 +84,9 @@ class Bench:
                     tick(f"reading {document.name}")
                     full = document.full(self.folder)
                     self._ask(full)  # the first of all takes longer, and is not counted
+                    tick(f"tasks on {document.name}")
+                    cells = [cell for cell, row in zip(self.cells, old[1:], strict=True) if row is None]
+                    scores = self._scores(document, cells)
             except KvError as error:
                 yield {**plan[0], "error": error.facts()}, True
                 continue
@@ -92,20 +95,34 @@ class Bench:
                     yield {**row, "document": document.name}, False
                 else:
                     tick(title(about))
-                    yield {**about, **self._measured(full, cell)}, True
+                    yield {**about, **self._measured(full, cell), **scores.get(named_cell(cell), {})}, True
 
     def _about(self, document: Document, cell: Cell | None) -> Row:
         """What a row is about: rows that agree in all but the name of the document measure the same."""
-        recipe, budget = cell or (FULL, None)
+        method, budget = named_cell(cell)
+        works = self.works.get(document.name)
         return {
             "document": document.name,
             "tokens": document.tokens,
             "ids_hash": document.ids_hash,
             "snapshot": document.digest,
-            "method": str(recipe),
-            "budget": budget.text if budget else None if cell else "100%",
+            "method": method,
+            "budget": budget or None,
+            "tasks": digest(works) if works else None,
             **self._about_all,
         }
+
+    def _scores(self, document: Document, cells: Sequence[Cell]) -> dict[Name, Facts]:
+        """By method and budget, the `metrics` of the tasks, and the `error` of the first that failed."""
+        units = list(evaluate(self.model, self.works.get(document.name, ()), Grid(cells, self.seed)))
+        found: dict[Name, Facts] = {}
+        for row in tally.rows(units):
+            metrics = found.setdefault((row["method"], row["budget"] or ""), {}).setdefault("metrics", {})
+            metrics[f"{row['task']} {row['metric']}"] = {name: row[name] for name in SCORE}
+        for unit in reversed(units):
+            if unit.error:
+                found.setdefault(unit.key[2:], {})["error"] = unit.error.facts()
+        return found
 
     def _measured(self, full: Path, cell: Cell | None) -> Facts:
         try:
@@ -135,6 +152,11 @@ class Bench:
         said = answer(self.model, prefix, question(self.model, prefix, PROMPT), ANSWER)
         rate = {"first_token_seconds": said.first_seconds, "tokens_per_second": said.tokens_per_second}
         return {"load_seconds": seconds, **rate}
+
+
+def named_cell(cell: Cell | None) -> Name:
+    """Method and budget as rows have them; of no cell those of the full snapshot."""
+    return named(*cell) if cell else FULL
 
 
 def compressing(full: Path, small: Path, cell: Cell, seed: int) -> list[str]:
@@ -208,22 +230,4 @@ def _lasts(row: Row) -> bool:
     return {*SIZES, "tokens_per_second"} <= row.keys()
 
 
-STAMP = ("kvcli", "torch", "transformers", "python", "device", "processor")
-IDENTITY = ("ids_hash", "snapshot", "weights", "dtype", "method", "budget", "seed", "runs", *STAMP)
-
-
-def stamp(device: torch.device) -> dict[str, str]:
-    """Where numbers come from: versions, kind of device, and its name."""
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    found = (__version__, torch.__version__, version("transformers"), platform.python_version(), device.type, processor)
-    return dict(zip(STAMP, map(str, found), strict=True))
-
-
-def _cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    about = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
-    amx = " with AMX" if "amx_bf16" in about.get("flags", "").split() else ""
-    return (
-        f"{about.get('model name') or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}{amx}"
-    )
+IDENTITY = ("ids_hash", "snapshot", "tasks", "weights", "dtype", "method", "budget", "seed", "runs", *STAMP)

@@ -7,6 +7,8 @@ from itertools import groupby
 from tempfile import TemporaryFile
 from typing import Any
 
+from xxhash import xxh3_128_hexdigest
+
 from .budget import Budget
 from .errors import KvError, UsageError
 from .header import summary
@@ -19,7 +21,7 @@ from .recipe import Cell, Recipe
 from .snapshot import Snapshot
 from .storage import Reader
 from .tasks.task import Case
-from .trial import Document, Trial, judge, nothing
+from .trial import Exam, Trial, judge, nothing
 
 FULL, NONE = ("full", "100%"), ("none", "0%")
 KEY = ("task", "document", "method", "budget")
@@ -46,7 +48,7 @@ class Work:
     """A document to be measured: how to come by it, and files made of it that are measured as they are."""
 
     case: Case
-    read: Callable[[], Document]
+    read: Callable[[], Exam]
     files: Sequence[tuple[Name, Reader]] = ()
 
     def key(self, name: Name) -> Key:
@@ -66,6 +68,13 @@ class Unit:
     bytes: int = 0  # of the file
     keep: float = 0.0  # share of the document's entries
     error: KvError | None = field(default=None, compare=False)
+
+
+def digest(works: Sequence[Work]) -> str:
+    """A hash of all that is read and asked."""
+    return xxh3_128_hexdigest(
+        repr([(work.case, [reader.digest for _, reader in work.files]) for work in works]).encode()
+    )
 
 
 def lines(unit: Unit) -> Iterator[dict[str, Any]]:
@@ -105,10 +114,10 @@ def evaluate(model: Model, works: Sequence[Work], grid: Grid, done: Collection[K
         left = [name for name in work.names(grid) if work.key(name) not in done]
         try:
             if left:
-                document = work.read()
-                chat = document.prefix.chat
+                exam = work.read()
+                chat = exam.prefix.chat
                 blank[chat] = blank.get(chat) or nothing(model, chat)
-                yield from _Measure(model, work, document, grid).units(left, blank[chat])
+                yield from _Measure(model, work, exam, grid).units(left, blank[chat])
         except KvError as error:
             yield from (Unit(work.key(name), error=error) for name in left)
 
@@ -119,13 +128,13 @@ class _Measure:
 
     model: Model
     work: Work
-    document: Document
+    exam: Exam
     grid: Grid
 
     def units(self, left: Collection[Name], blank: Prefix) -> Iterator[Unit]:
-        full = self.document.prefix
+        full = self.exam.prefix
         if FULL in left:
-            yield self.unit(FULL, full, size=(self.document.file_bytes, 1.0))
+            yield self.unit(FULL, full, size=(self.exam.file_bytes, 1.0))
         if NONE in left:
             yield self.unit(NONE, blank)
         open_ = [cell for cell in self.grid.cells if named(*cell) in left]
@@ -146,8 +155,8 @@ class _Measure:
                 yield from self.attempt(recipe, [budget])
 
     def compressed(self, recipe: Recipe, budgets: Sequence[Budget | None]) -> list[Unit]:
-        whole = [(self.document.snapshot, self.document.trials)]
-        sources = [(self.aimed(trial), [trial]) for trial in self.document.trials] if self.grid.known else whole
+        whole = [(self.exam.snapshot, self.exam.trials)]
+        sources = [(self.aimed(trial), [trial]) for trial in self.exam.trials] if self.grid.known else whole
         parts: list[list[Unit]] = [[] for _ in budgets]
         for snapshot, trials in sources:
             plans = make_plans(snapshot, recipe, budgets, seed=self.grid.seed)
@@ -163,8 +172,8 @@ class _Measure:
     def aimed(self, trial: Trial) -> Snapshot:
         """The snapshot as `prefill --probe` makes it with the very question, without the start of its answer."""
         asked = trial.question.prompt if trial.question else ""
-        ids = question_ids(self.model.tokenizer, asked, "", self.document.snapshot.meta.seq.tail)
-        return aim(self.model, self.document.snapshot, ids)
+        ids = question_ids(self.model.tokenizer, asked, "", self.exam.snapshot.meta.seq.tail)
+        return aim(self.model, self.exam.snapshot, ids)
 
     def unit(
         self,
@@ -174,8 +183,8 @@ class _Measure:
         size: tuple[int, float] = (0, 0.0),
     ) -> Unit:
         samples = []
-        for trial in self.document.trials if trials is None else trials:
-            text, values = judge(self.model, prefix, self.document.prefix, trial)
+        for trial in self.exam.trials if trials is None else trials:
+            text, values = judge(self.model, prefix, self.exam.prefix, trial)
             about = {"prompt": trial.question.prompt, "answer": list(trial.question.answer)} if trial.question else {}
             samples.append({**about, "text": text, "values": values})
         return Unit(self.work.key(name), samples, *size)

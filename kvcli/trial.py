@@ -42,7 +42,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Document:
+class Exam:
     """A case's document, read once, and its trials."""
 
     case: Case
@@ -56,7 +56,7 @@ class Document:
         return outline_of(self.snapshot).file_bytes
 
 
-def read_text(model: Model, case: Case, how: Reading, warn: Warn) -> Document:
+def read_text(model: Model, case: Case, how: Reading, warn: Warn) -> Exam:
     """Read a case's text, as `prefill` does; its end is left out where it is held out.
 
     Raises UsageError for an empty or too short text, InfeasibleError for one that is longer than the model reads.
@@ -68,10 +68,10 @@ def read_text(model: Model, case: Case, how: Reading, warn: Warn) -> Document:
     ids = _fitted(model, case, ids, (lead, tail), how, warn)
     ids, behind = _held_out(case, ids, lead)
     snapshot = prefill(model, ids, (lead, tail, chat))
-    return _document(model, case, snapshot, behind, how)
+    return _exam(model, case, snapshot, behind, how)
 
 
-def read_file(model: Model, case: Case, reader: Reader, how: Reading, warn: Warn) -> Document:
+def read_file(model: Model, case: Case, reader: Reader, how: Reading, warn: Warn) -> Exam:
     """Take the document from a snapshot; of one that is compressed, the tokens are read again.
 
     Raises MismatchError for another model's.
@@ -80,7 +80,7 @@ def read_file(model: Model, case: Case, reader: Reader, how: Reading, warn: Warn
     check_model(snapshot, model, warn=warn)
     if snapshot.meta.history:
         snapshot = prefill(model, snapshot.ids.tolist(), (seq.lead, seq.tail, seq.chat))
-    return _document(model, case, snapshot, [], how)
+    return _exam(model, case, snapshot, [], how)
 
 
 def nothing(model: Model, chat: bool) -> Prefix:
@@ -109,7 +109,7 @@ def judge(model: Model, prefix: Prefix, full: Prefix, trial: Trial) -> tuple[str
     return text, scores | {name: [sum(values[name]) / len(values[name])] for name in ("kl", "top1")}
 
 
-def _document(model: Model, case: Case, snapshot: Snapshot, behind: list[int], how: Reading) -> Document:
+def _exam(model: Model, case: Case, snapshot: Snapshot, behind: list[int], how: Reading) -> Exam:
     prefix = Prefix.read(snapshot, model)
     trials = [Trial([], behind)] if behind else []
     if case.continuation is not None:
@@ -119,7 +119,7 @@ def _document(model: Model, case: Case, snapshot: Snapshot, behind: list[int], h
         ids = question(model, prefix, one.prompt, one.prefix)
         said = answer(model, prefix, ids, Sampling(n=one.n))
         trials.append(Trial(ids, said.ids, one, said.text))
-    return Document(case, snapshot, prefix, trials)
+    return Exam(case, snapshot, prefix, trials)
 
 
 def _continuation(model: Model, case: Case) -> list[int]:

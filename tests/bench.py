@@ -40,8 +40,8 @@ def measured(kind: str) -> list[dict[str, Any]]:
         return evaluated(kind)
     from ratios import ratios
 
-    from kvcli.bench import stamp
     from kvcli.model.load import load
+    from kvcli.stamp import stamp
 
     model = load(None, dtype="bfloat16")
     return [{**row, **stamp(model.device)} for row in ratios(model)]

@@ -22,12 +22,12 @@ import torch
 from docs import peer_table
 
 import kvcli
-from kvcli.bench import stamp
 from kvcli.model.answer import Answer, Sampling, answer
 from kvcli.model.load import Model, load
 from kvcli.model.prefix import Prefix
 from kvcli.model.resume import expected
 from kvcli.model.text import document_ids, question_ids, stop_ids
+from kvcli.stamp import stamp
 from kvcli.tasks import needle
 from kvcli.tasks.scores import hit
 from kvcli.tasks.task import Case, Question, Setting

@@ -312,3 +312,25 @@ def test_a_killed_run_loses_no_more_than_what_was_running(folder: Path, tmp_path
     assert path.read_text().startswith(before) and names(rows) == [("full", "100%"), ("h2o", "50%"), ("raw", None)]
     assert all(row["peak_memory"] > 50_000_000 and 0 < row["seconds"] < 60 for row in rows[1:])
     assert "h2o 50%" in shown and "tokens/s" in shown and "━" in shown
+
+
+def test_what_tasks_find_is_in_the_rows(
+    folder: Path, calls: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["bench", "doc.txt", *"-m random -b 50% --runs 1 -o".split(), str(tmp_path / "rows")]
+    assert run([*args, "-t", "ppl"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [(row["method"], set(row["metrics"])) for row in rows] == [
+        (name, {f"ppl {metric}" for metric in ("ppl", "nll", "kl", "kl_median", "kl_p95", "top1")})
+        for name in ("full", "random")
+    ]
+    assert rows[0]["metrics"]["ppl kl"] == {
+        "value": 0,
+        "stderr": 0,
+        "n": rows[0]["metrics"]["ppl kl"]["n"],
+        "recovery": 1,
+    }
+    assert run(args) == 0 and run([*args, "-t", "ppl"]) == 0
+    assert len((tmp_path / "rows").read_text().splitlines()) == 4  # with other tasks a row is another one
+    assert run(["bench", "full", "-t", "needle"]) == 2
+    assert "cannot be changed" in capsys.readouterr().err

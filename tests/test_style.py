@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "kvcli").glob("*.py"), *(ROOT / "kvcli").glob("[!k]*/*.py"), *(ROOT / "kernels").glob("*.py")])
 # Lower may not import higher.
 LEVELS = [
-    {"errors", "kernels"},
+    {"errors", "kernels", "stamp"},
     {"meta"},
     {"header", "snapshot", "options"},
     {"budget", "registry", "spool"},

@@ -1,7 +1,7 @@
 """kvcli bench: recipes and budgets measured on documents, as rows of JSON or as tables with bars."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,14 @@ from ..errors import UsageError
 from . import streams
 from .documents import documents
 from .ui import Ui, complain, current, model_options, output_options, size
+from .works import of_texts, on_texts, tasks_of
 
 if TYPE_CHECKING:
     from ..bench import Bench
     from ..document import Document, Given
+    from ..evaluate import Work
     from ..ledger import Row
+    from ..model.load import Model
     from ..recipe import Cell
 
 METHODS, BUDGETS = "snapkv+adakv,keydiff,kvmerger", "50%,20%"
@@ -32,6 +35,7 @@ METHODS, BUDGETS = "snapkv+adakv,keydiff,kvmerger", "50%,20%"
     "-o", "--output", metavar="FILE.jsonl|-", help="A line of JSON a row; what FILE has already is not measured again."
 )
 @click.option("-f", "--force", is_flag=True, help="Begin FILE anew, whatever it holds.")
+@click.option("-t", "--task", multiple=True, metavar="TASK,...", help="Also what these tasks of eval find.")
 @click.option("--raw", is_flag=True, help="Read texts as they are, without the model's chat template.")
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Times are medians of so many.")
 @click.option(
@@ -44,13 +48,14 @@ def command(docs: tuple[str, ...], method: tuple[str, ...], budget: tuple[str, .
 
     A document is a text, which is read once, or its full snapshot. A row has what stays in entries and bytes, seconds
     and peak memory of compressing (in a process of its own), the time to load the result and to answer a question from
-    it, and the output error. Rows are a table on a terminal, else lines of JSON. A run that was interrupted goes on
-    from its FILE.
+    it, the output error, and what tasks of eval find. Rows are a table on a terminal, else lines of JSON. A run that
+    was interrupted goes on from its FILE.
 
     \b
     Examples:
       kvcli bench report.txt
       kvcli bench report.txt notes.txt -m snapkv:window=16,kernel=5,h2o -b 50%,20% -o rows.jsonl
+      kvcli bench report.txt -m h2o -b 35% --task ppl --runs 1
       kvcli bench report.kv.safetensors -m kvmerger -b 35% --runs 5 --json
     """
     ui = current()
@@ -89,11 +94,24 @@ def _ready(
 
         how = {name: options[name] for name in ("device", "dtype")}
         model = model_of(given, options["model"], **how, tick=phase)
-        bench = Bench(model, cells, folder, options["runs"], options["seed"])
+        works = dict(_works(ui, model, given, options))
+        bench = Bench(model, cells, folder, options["runs"], options["seed"], works)
         documents = [open_document(each, model, raw=options["raw"], warn=ui.warn) for each in given]
         for document in documents:
             bench.check(document)
     return bench, documents
+
+
+def _works(
+    ui: Ui, model: "Model", given: "Sequence[Given]", options: dict[str, Any]
+) -> "Iterator[tuple[str, Sequence[Work]]]":
+    """By document, what the tasks measure."""
+    tasks = tasks_of(options["task"])
+    for name, source in given:
+        if isinstance(source, Path) and (needy := [spec for spec in tasks if of_texts(spec)]):
+            why = "a snapshot's document cannot be changed or held out"
+            raise UsageError(f"--task {needy[0]} on {name}", why, "name the text")
+        yield name, on_texts(ui, model, tasks, [(name, source)] if isinstance(source, str) else [], options)
 
 
 def _measure(ui: Ui, bench: "Bench", documents: "Sequence[Document]", options: dict[str, Any]) -> "list[Row]":

@@ -57,7 +57,10 @@ def draw(rows: "Sequence[Row]", console: "Console") -> None:
         for column in COLUMNS
         if console.width >= WIDE or not column.wide
     ]
-    for _, some in groupby(rows, key=lambda row: row["document"]):
+    flat = [row | {name: found["value"] for name, found in row.get("metrics", {}).items()} for row in rows]
+    first = {name.rpartition(" ")[0]: name for row in rows for name in reversed(row.get("metrics", {}))}
+    columns += [Column(name, name, "{:.3f}".format) for name in first.values()]
+    for _, some in groupby(flat, key=lambda row: row["document"]):
         console.print(_table(list(some), columns))
 
 

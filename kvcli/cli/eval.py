@@ -13,7 +13,7 @@ from ..errors import GateError, UsageError
 from . import streams
 from .tables import print_tables
 from .ui import Ui, complain, current, model_options, output_options
-from .works import Options, digest, gather, given
+from .works import Options, gather, given
 
 if TYPE_CHECKING:
     from ..evaluate import Grid, Key, Unit, Work
@@ -127,7 +127,8 @@ def _config(model: "Model", works: "Sequence[Work]", options: Options) -> dict[s
     """What the numbers depend on, methods and budgets apart."""
     from torch import get_num_threads
 
-    from ..bench import stamp
+    from ..evaluate import digest
+    from ..stamp import stamp
     from ..tasks import version
     from .works import specs
 

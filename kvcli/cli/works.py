@@ -36,16 +36,27 @@ class Given:
 
 def specs(options: Options) -> list[str]:
     """The tasks asked for; facts and perplexity where nothing is."""
+    asked = tasks_of(options["task"])
+    usual = [] if _about(options) else ["needle"] if options["known"] else ["needle", "ppl"]
+    return asked or usual
+
+
+def tasks_of(texts: Sequence[str]) -> list[str]:
+    """The tasks of these lists; UsageError for one that is unknown or given twice."""
     from ..recipe import split
     from ..tasks import named
 
-    asked = split(options["task"])
+    asked = split(texts)
     for i, spec in enumerate(asked):
         named(spec)
         if spec in asked[:i]:
             raise UsageError(f"--task {spec} is given twice")
-    usual = [] if _about(options) else ["needle"] if options["known"] else ["needle", "ppl"]
-    return asked or usual
+    return asked
+
+
+def of_texts(spec: str) -> bool:
+    """Whether a task is about documents that are given, not its own."""
+    return spec.partition(":")[0] in ("needle", "ppl")
 
 
 def _about(options: Options) -> bool:
@@ -75,7 +86,7 @@ def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], 
 
 def _named(docs: Sequence[str], options: Options) -> Sequence[str]:
     """Where none is named a document comes from a pipe, unless no task asks for one."""
-    wanted = _about(options) or any(spec.startswith(("needle", "ppl")) for spec in specs(options))
+    wanted = _about(options) or any(map(of_texts, specs(options)))
     return docs or (["-"] if wanted and streams.is_piped(sys.stdin) else [])
 
 
@@ -91,21 +102,39 @@ def _check(texts: Sequence[tuple[str, str]], groups: Sequence[Sequence[Named]], 
 
 def gather(ui: Ui, found: Given, options: Options) -> "list[Work]":
     """Every document of every task, ready to be read."""
-    from ..evaluate import Work
+    works = on_texts(ui, found.model, specs(options), found.texts, options)
+    how = _reading(options)
+    for name, text in found.texts:
+        works += [_work(ui, found.model, case, how) for case in _asked(name, text, options)]
+    return works + [work for group in found.groups for work in _from_files(ui, found.model, group, how, options)]
+
+
+def on_texts(
+    ui: Ui, model: "Model", tasks: Sequence[str], texts: Sequence[tuple[str, str]], options: Options
+) -> "list[Work]":
+    """Every document of these tasks; those that need a text take one of these."""
     from ..model.text import question_ids
     from ..tasks import cases
     from ..tasks.task import Setting
-    from ..trial import Reading, read_text
 
-    tokenizer = found.model.tokenizer
-    setting = Setting(
-        found.texts, lambda text: len(question_ids(tokenizer, text, "", "")), options["seed"], options["limit"]
-    )
-    how = Reading(options["raw"], options["truncate"], options["tokens"])
-    made = [case for spec in specs(options) for case in cases(spec, setting)]
-    made += [case for name, text in found.texts for case in _asked(name, text, options)]
-    works = [Work(case, partial(read_text, found.model, case, how, _warner(ui, case))) for case in made]
-    return [*works, *(work for group in found.groups for work in _from_files(ui, found.model, group, how, options))]
+    def tokens(text: str) -> int:
+        return len(question_ids(model.tokenizer, text, "", ""))
+
+    setting = Setting(texts, tokens, options["seed"], options.get("limit"))
+    return [_work(ui, model, case, _reading(options)) for spec in tasks for case in cases(spec, setting)]
+
+
+def _reading(options: Options) -> "Reading":
+    from ..trial import Reading
+
+    return Reading(options["raw"], options.get("truncate", False), options.get("tokens"))
+
+
+def _work(ui: Ui, model: "Model", case: "Case", how: "Reading") -> "Work":
+    from ..evaluate import Work
+    from ..trial import read_text
+
+    return Work(case, partial(read_text, model, case, how, _warner(ui, case)))
 
 
 def _asked(name: str, text: str, options: Options) -> "Iterator[Case]":
@@ -142,12 +171,3 @@ def _label(name: str, reader: "Reader") -> "Name":
 
 def _warner(ui: Ui, case: "Case") -> Callable[[str], None]:
     return lambda text: ui.warn(f"{case.name}: {text}")
-
-
-def digest(works: "Sequence[Work]") -> str:
-    """A hash of all that is read and asked."""
-    from xxhash import xxh3_128_hexdigest
-
-    return xxh3_128_hexdigest(
-        repr([(work.case, [reader.digest for _, reader in work.files]) for work in works]).encode()
-    )

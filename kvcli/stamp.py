@@ -1,0 +1,29 @@
+"""Where numbers come from: versions, and the processor they were measured on."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from . import __version__
+
+STAMP = ("kvcli", "torch", "transformers", "python", "device", "processor")
+
+
+def stamp(device: torch.device) -> dict[str, str]:
+    """Where numbers come from: versions, kind of device, and its name."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    found = (__version__, torch.__version__, version("transformers"), platform.python_version(), device.type, processor)
+    return dict(zip(STAMP, map(str, found), strict=True))
+
+
+def _cpu() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    about = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
+    amx = " with AMX" if "amx_bf16" in about.get("flags", "").split() else ""
+    return (
+        f"{about.get('model name') or platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()}{amx}"
+    )
