@@ -21,7 +21,7 @@ from .recipe import Cell, Recipe
 from .snapshot import Snapshot
 from .storage import Reader
 from .tasks.task import Case
-from .trial import Exam, Trial, judge, nothing
+from .trial import Exam, Trial, judged, nothing
 
 FULL, NONE = ("full", "100%"), ("none", "0%")
 KEY = ("task", "document", "method", "budget")
@@ -183,8 +183,8 @@ class _Measure:
         size: tuple[int, float] = (0, 0.0),
     ) -> Unit:
         samples = []
-        for trial in self.exam.trials if trials is None else trials:
-            text, values = judge(self.model, prefix, self.exam.prefix, trial)
+        asked = self.exam.trials if trials is None else trials
+        for trial, (text, values) in zip(asked, judged(self.model, prefix, self.exam.prefix, asked), strict=True):
             about = {"prompt": trial.question.prompt, "answer": list(trial.question.answer)} if trial.question else {}
             samples.append({**about, "text": text, "values": values})
         return Unit(self.work.key(name), samples, *size)

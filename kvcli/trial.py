@@ -1,11 +1,11 @@
 """A document in the model's memory and the trials on it: questions, or a text that is expected behind it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .errors import InfeasibleError, UsageError
 from .model import text as texts
-from .model.answer import Sampling, answer
+from .model.batch import answers
 from .model.load import Model
 from .model.observe import CUT, prefill
 from .model.prefix import Prefix
@@ -96,17 +96,22 @@ def values_of(case: Case) -> list[str]:
     return [*asked, "kl", "top1"] if case.questions else ["nll", "kl", "top1"]
 
 
-def judge(model: Model, prefix: Prefix, full: Prefix, trial: Trial) -> tuple[str, dict[str, list[float]]]:
-    """What is answered behind the prefix, and by metric the numbers of the trial: of a text one for each token."""
-    found = expected(model, prefix, full, [*trial.ids, *trial.said], len(trial.said))
-    values = {name: part.double().tolist() for name, part in found.items()}
-    if trial.question is None:
-        return "", {name: values[name] for name in ("nll", "kl", "top1")}
-    text = trial.text
-    if prefix is not full:
-        text = answer(model, prefix, trial.ids, Sampling(n=trial.question.n)).text
-    scores = {label(name): [float(SCORES[name](text, trial.question))] for name in trial.question.metrics}
-    return text, scores | {name: [sum(values[name]) / len(values[name])] for name in ("kl", "top1")}
+def judged(
+    model: Model, prefix: Prefix, full: Prefix, trials: Sequence[Trial]
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Of each trial what is answered behind the prefix, and its numbers by metric: of a text one for each token."""
+    asked = [trial for trial in trials if trial.question]
+    said = [trial.text for trial in asked] if prefix is full else _answers(model, prefix, asked)
+    texts = iter(said)
+    for trial in trials:
+        found = expected(model, prefix, full, [*trial.ids, *trial.said], len(trial.said))
+        values = {name: part.double().tolist() for name, part in found.items()}
+        if trial.question is None:
+            yield "", {name: values[name] for name in ("nll", "kl", "top1")}
+            continue
+        text = next(texts)
+        scores = {label(name): [float(SCORES[name](text, trial.question))] for name in trial.question.metrics}
+        yield text, scores | {name: [sum(values[name]) / len(values[name])] for name in ("kl", "top1")}
 
 
 def _exam(model: Model, case: Case, snapshot: Snapshot, behind: list[int], how: Reading) -> Exam:
@@ -114,12 +119,23 @@ def _exam(model: Model, case: Case, snapshot: Snapshot, behind: list[int], how: 
     trials = [Trial([], behind)] if behind else []
     if case.continuation is not None:
         trials.append(Trial([], _continuation(model, case)))
-    for each in case.questions:
-        one = replace(each, n=how.tokens or each.n)
-        ids = question(model, prefix, one.prompt, one.prefix)
-        said = answer(model, prefix, ids, Sampling(n=one.n))
-        trials.append(Trial(ids, said.ids, one, said.text))
+    asked = [replace(each, n=how.tokens or each.n) for each in case.questions]
+    ids = [question(model, prefix, one.prompt, one.prefix) for one in asked]
+    for one, its, said in zip(asked, ids, answers(model, prefix, ids, [one.n for one in asked]), strict=True):
+        trials.append(Trial(its, said, one, _text(model, said)))
     return Exam(case, snapshot, prefix, trials)
+
+
+def _answers(model: Model, prefix: Prefix, asked: Sequence[Trial]) -> list[str]:
+    said = answers(
+        model, prefix, [trial.ids for trial in asked], [trial.question.n for trial in asked if trial.question]
+    )
+    return [_text(model, ids) for ids in said]
+
+
+def _text(model: Model, ids: list[int]) -> str:
+    text: str = model.tokenizer.decode(ids, skip_special_tokens=True)
+    return text
 
 
 def _continuation(model: Model, case: Case) -> list[int]:

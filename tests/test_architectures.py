@@ -18,6 +18,7 @@ from kvcli.cli import run
 from kvcli.errors import InfeasibleError
 from kvcli.metrics import attend
 from kvcli.model.answer import Sampling, answer
+from kvcli.model.batch import answers
 from kvcli.model.cache import make_cache, named
 from kvcli.model.convert import quiet
 from kvcli.model.load import Model, load
@@ -252,3 +253,15 @@ def test_a_window_that_is_not_the_configs_is_refused(tmp_path: Path) -> None:
     model.net.config.sliding_window = 40
     with pytest.raises(InfeasibleError, match=r"40 tokens.*39 tokens"):
         model.net(torch.tensor([MORE]), use_cache=True, **named(model.net, cache))
+
+
+@pytest.mark.parametrize("recipe", ["", "snapkv:window=8+adakv", "kvmerger"])
+def test_answers_in_step_are_those_given_alone(model: Model, recipe: str, tmp_path: Path) -> None:
+    snapshot = read(model)
+    if recipe and all(kind == "sliding" for kind in snapshot.meta.layout.kinds):
+        pytest.skip("all layers slide: there is nothing to compress")
+    prefix = Prefix.read(shrunk(snapshot, recipe, tmp_path / "x", "40%") if recipe else snapshot, model)
+    asked, most = [MORE, MORE[:1], MORE[2:], MORE[:4]], [3, 2, 1, 4]
+    alone = [answer(model, prefix, ids, Sampling(n=n)).ids for ids, n in zip(asked, most, strict=True)]
+    assert answers(model, prefix, asked, most) == alone
+    assert answers(model, prefix, [MORE] * 17, [2] * 17) == [alone[0][:2]] * 17  # more than are asked at a time

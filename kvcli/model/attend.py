@@ -28,8 +28,8 @@ class Law:
 
 def attend(
     module: nn.Module,
-    query: Tensor,  # [1, Hq, M, D]
-    key: Tensor,  # [1, H, M, D]
+    query: Tensor,  # [B, Hq, M, D]
+    key: Tensor,  # [B, H, M, D]
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
@@ -37,14 +37,15 @@ def attend(
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
     **rest: Any,
-) -> tuple[Tensor, None]:  # [1, M, Hq, Dv]
+) -> tuple[Tensor, None]:  # [B, M, Hq, Dv]
     """Attend causally over the new tokens and everything the cache layer behind `key` holds.
 
-    Raises InfeasibleError for a batch and for arguments it does not know: leaving one out would be silently wrong.
+    Raises InfeasibleError for a batch that the cache is not made for, and for arguments it does not know: leaving one
+    out would be silently wrong.
     """
-    refuse(query, attention_mask, rest)
     law = Law(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     layer = getattr(key, NAME, None)
+    refuse(query, attention_mask, rest, 1 if layer is None else layer.batch)
     if layer is None:
         raise InfeasibleError(
             "the model's attention did not get its keys from a cache of kvcli",
@@ -53,17 +54,17 @@ def attend(
     if layer.window != sliding_window:
         spans = [f"{size} tokens" if size else "all tokens" for size in (sliding_window, layer.window)]
         raise InfeasibleError(f"the model's attention spans {spans[0]}, by its config it should span {spans[1]}")
-    return layer.attend(query[0], law, module).transpose(0, 1)[None], None
+    return layer.attend_batch(query, law, module).transpose(1, 2), None
 
 
-def refuse(query: Tensor, mask: Tensor | None, rest: dict[str, Any]) -> None:
+def refuse(query: Tensor, mask: Tensor | None, rest: dict[str, Any], batch: int) -> None:
     """Raise InfeasibleError naming what this attention cannot honour."""
     strange = sorted(name for name, value in rest.items() if name not in HARMLESS and value is not None)
     if rest.get("is_causal") is False:
         strange.append("attention in both directions")
     if mask is not None:
         strange.append("attention_mask")
-    if query.shape[0] != 1:
+    if query.shape[0] != batch:
         strange.append(f"a batch of {query.shape[0]}")
     if strange:
         raise InfeasibleError(f"the model's attention asks for {', '.join(strange)}, which kvcli does not support")

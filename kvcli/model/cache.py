@@ -30,6 +30,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     """
 
     is_sliding = False
+    batch = 1  # sequences
 
     def __init__(self, prefix: Rows | None = None, start: int = 0, room: int = 64, window: int | None = None) -> None:
         super().__init__()
@@ -74,32 +75,46 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.keys, self.values = (_moved(part[:, old], room) for part in (self.keys, self.values))
         self.gone = self.length - keep
 
+    def attend_batch(self, q: Tensor, law: Law, module: nn.Module) -> Tensor:  # [1, Hq, M, D] -> [1, Hq, M, Dv]
+        """The same with the batch axis of the model."""
+        return self.attend(q[0], law, module)[None]
+
     def attend(self, q: Tensor, law: Law, module: nn.Module) -> Tensor:  # [Hq, M, D] -> [Hq, M, Dv]
         """Attention of the newest M tokens over prefix and suffix."""
         return self.attend_lse(q, law)[0]
 
-    def attend_lse(self, q: Tensor, law: Law) -> Part:
-        """The same with the log-sum-exp of the logits."""
+    def attend_lse(self, q: Tensor, law: Law, prefix: Part | None = None) -> Part:
+        """The same with the log-sum-exp of the logits; `prefix` is that over the prefix, where it is known already."""
         self.attended = True
-        all_seen = self.window is None or self.get_seq_length() <= self.window
-        parts = self._all(q, law.scale) if all_seen and law.softcap is None else self._banded(q, law)
+        parts = self._all(q, law.scale, prefix) if self.plain(law) else self._banded(q, law)
         if law.sink_logit is not None:
             nothing = q.new_zeros(1).expand(*q.shape[:2], self.values.shape[-1])
             parts.append((nothing, law.sink_logit.float()[:, None].expand(q.shape[:2])))
         return join(parts)
 
-    def _all(self, q: Tensor, scale: float) -> list[Part]:
+    def plain(self, law: Law) -> bool:
+        """Whether all that is held is seen, and logits are not capped."""
+        return law.softcap is None and (self.window is None or self.get_seq_length() <= self.window)
+
+    def _all(self, q: Tensor, scale: float, prefix: Part | None) -> list[Part]:
         new = q.shape[1]
         past = self.held - (new if new > 1 else 0)  # a single token sees itself as any other
         parts = []
         if self.prefix is not None:
-            parts.append(ragged_attention(q, self.prefix.k, self.prefix.v, self.lens, self.prefix.bias, scale))
+            parts.append(prefix or self.attend_prefix(q, scale))
         if past:
             parts.append(dense_attention(q, self.keys[:, :past], self.values[:, :past], None, scale))
         if new > 1:
             k, v = (part[:, past : self.held] for part in (self.keys, self.values))
             parts.append(causal_attention(q, k, v, scale))
         return parts
+
+    def attend_prefix(self, q: Tensor, scale: float) -> Part:
+        """Attention over the prefix alone, whose entries every query sees."""
+        if self.prefix is None:
+            raise ValueError("the layer has no prefix")
+        found: Part = ragged_attention(q, self.prefix.k, self.prefix.v, self.lens, self.prefix.bias, scale)
+        return found
 
     def _banded(self, q: Tensor, law: Law) -> list[Part]:
         end, rest = self.get_seq_length(), (self.window, law.softcap)

@@ -60,7 +60,7 @@ def run(model: Model, cache: Cache, ids: Sequence[int], keep: int, chunk: int = 
         rows = torch.arange(part.shape[1] - max(here, 1), part.shape[1], device=part.device)
         out = model.net(input_ids=part, use_cache=True, logits_to_keep=rows, **named(model.net, cache))
         if here > 0:
-            yield _finite(model, out.logits[0, -here:])
+            yield finite_logits(model, out.logits[0, -here:])
 
 
 @torch.inference_mode()
@@ -91,13 +91,13 @@ def opening(model: Model, prefix: Prefix) -> Tensor:  # -> [1, V]
     net, token = model.net, torch.zeros(1, 1, dtype=torch.long, device=model.net.device)
     body, head = ({"input_ids": token, **named(part, prefix.cache(model))} for part in (net.base_model, net))
     hidden = net.base_model(use_cache=True, **body).last_hidden_state[0]
-    own = _finite(model, net(use_cache=True, **head).logits[0]).float()
+    own = finite_logits(model, net(use_cache=True, **head).logits[0]).float()
     if not torch.allclose(_head(model, hidden).float(), own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
         what = f"models of type {model.net.config.model_type} cannot go on without a question"
         raise InfeasibleError(what, "how they make logits of a hidden state is not known", "ask something")
     if prefix.hidden.shape != hidden.shape[1:]:
         raise FormatError(f"the snapshot's tensor stat.final_hidden is {tuple(prefix.hidden.shape)}")
-    return _finite(model, _head(model, prefix.hidden[None].to(net.device, net.dtype)))
+    return finite_logits(model, _head(model, prefix.hidden[None].to(net.device, net.dtype)))
 
 
 def _head(model: Model, hidden: Tensor) -> Tensor:  # [M, d_model] -> [M, V]
@@ -107,7 +107,8 @@ def _head(model: Model, hidden: Tensor) -> Tensor:  # [M, d_model] -> [M, V]
     return (out / cap).tanh() * cap if cap else out
 
 
-def _finite(model: Model, found: Tensor) -> Tensor:  # [M, V] -> [M, V]
+def finite_logits(model: Model, found: Tensor) -> Tensor:  # [M, V] -> [M, V]
+    """The same; raises KvError where a row is not finite."""
     if not bool(found.amax(-1).isfinite().all()):
         raise KvError("the model's logits are NaN or infinite", f"computed in {model.net.dtype}", "try --dtype float32")
     return found
