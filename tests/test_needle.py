@@ -87,6 +87,13 @@ def test_a_sentence_is_never_split() -> None:
     }
 
 
+def test_chinese_sentences_end_without_a_space() -> None:
+    prose = "渡轮在春天停航。“为什么停航。”他说。没有人回答。" * 3
+    cuts = {hay.text.index(hay.facts[0]) - 1 for hay in (facts(prose, 1, seed) for seed in SEEDS)}
+    assert cuts <= {i + 1 for i, char in enumerate(prose) if char == "。" and prose[i + 1 : i + 2] != "”"}
+    assert len(cuts) > 3
+
+
 def test_too_short_a_text_is_refused() -> None:
     with pytest.raises(UsageError, match="too short to hide 6 facts"):
         facts("Only this sentence. And another.")

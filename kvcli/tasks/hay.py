@@ -73,6 +73,9 @@ def largest(limit: int, size: Callable[[int], int]) -> int:
 
 
 def _sentence_ends(prose: str) -> list[int]:
-    """Where a sentence surely ends: after a word of four letters, so that neither "Mrs." nor "7.4" is taken for one."""
-    ends = re.finditer(r"(?<=[^\W\d_]{4}[.!?\u3002\uff01\uff1f])(?=\s+(\S)|$)", prose.rstrip())
+    """Where a sentence surely ends: after a word of four letters, so that neither "Mrs." nor "7.4" is taken for one.
+
+    Chinese and Japanese put no space behind their full stop, and use it for nothing else.
+    """
+    ends = re.finditer(r"(?<=[^\W\d_]{4}[.!?])(?=\s+(\S)|$)|(?<=[\u3002\uff01\uff1f])(?=[\w\s]|$)", prose.rstrip())
     return [end.start() for end in ends if not (end[1] or "").islower()]

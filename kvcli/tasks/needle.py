@@ -51,7 +51,7 @@ class Wanted:
     @classmethod
     def parse(cls, words: str) -> "Wanted":
         """A kind, `all` or none, and options, joined by commas; raises UsageError naming what is not known."""
-        spec = f"--task 'needle:{words}'"
+        spec = f"--task {'needle:' + words!r:.80}"
         items = [item for item in "".join(words.split()).split(",") if item]
         named = [item for item in items if "=" not in item]
         pairs = [item.split("=", 1) for item in items if "=" in item]
