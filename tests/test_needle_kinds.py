@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from kvcli.errors import UsageError
 from kvcli.tasks.hay import fit, largest
 from kvcli.tasks.needle import HIDDEN, KINDS, SAMPLE, cases
-from kvcli.tasks.pools import MAGIC, NAMES, NOUNS, TEMPLATES, unseen
+from kvcli.tasks.pools import CITIES, MAGIC, NOUNS, TEMPLATES, unseen
 from kvcli.tasks.task import Case, Setting
 from kvcli.tasks.wordlists import common
 
@@ -223,12 +223,12 @@ def test_the_largest_is_found_in_few_tries(limit: int, step: int) -> None:
     assert max(tried, default=0) <= max(1, 2 * limit * 50 // step)
 
 
-@pytest.mark.parametrize("left", [0, 7, len(NAMES) - 1])
+@pytest.mark.parametrize("left", [0, 7, len(CITIES) - 1])
 def test_a_draw_is_what_the_text_does_not_hold(left: int) -> None:
-    others = " ".join(name.upper() for name in NAMES if name != NAMES[left])
-    assert unseen(NAMES, others, Random(1)) == NAMES[left]
+    others = " ".join(name.upper() for name in CITIES if name != CITIES[left])
+    assert unseen(CITIES, others, Random(1)) == CITIES[left]
     with pytest.raises(UsageError, match="occurs in the text already"):
-        unseen(NAMES, others + NAMES[left].lower(), Random(1))
+        unseen(CITIES, others + CITIES[left].lower(), Random(1))
 
 
 def test_no_word_of_a_pool_is_part_of_another() -> None:

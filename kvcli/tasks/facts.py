@@ -5,7 +5,7 @@ from itertools import pairwise
 from random import Random
 
 from ..errors import UsageError
-from .pools import MAGIC, NAMES, NOUNS, NUMBERS, TEMPLATES, unseen
+from .pools import MAGIC, NOUNS, NUMBERS, TEMPLATES, unseen
 from .task import Question
 
 Facts = tuple[list[str], list[Question]]  # sentences in the order they are hidden in, and what is asked
@@ -45,10 +45,10 @@ def _like(text: str, n: int, rng: Random) -> Facts:
 
 def values(text: str, n: int, rng: Random) -> Facts:
     """n keys of several values each, mixed; the values of a key are asked all at once."""
-    names, numbers = _several(NAMES, n, text, rng), _several(NUMBERS, n * VALUES, text, rng)
-    sentences = [f"One of the magic numbers of {names[i % n]} is {number}." for i, number in enumerate(numbers)]
+    names, numbers = _several(NOUNS, n, text, rng), _several(NUMBERS, n * VALUES, text, rng)
+    sentences = [f"One of the magic numbers of the {names[i % n]} is {number}." for i, number in enumerate(numbers)]
     rng.shuffle(sentences)
-    prompt, prefix = "What are all the magic numbers of {}?", "The magic numbers of {} are"
+    prompt, prefix = "What are all the magic numbers of the {}?", "The magic numbers of the {} are"
     return sentences, [_all(prompt, prefix, name, numbers[i::n]) for i, name in enumerate(names)]
 
 

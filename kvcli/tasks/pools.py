@@ -63,7 +63,6 @@ TIMES = tuple(f"{hour}:{minute}" for hour in range(13, 24) for minute in range(1
 HUNDREDS = tuple(map(str, range(101, 1000)))
 THOUSANDS = tuple(map(str, range(1000, 10_000)))
 NUMBERS = tuple(map(str, range(10_000, 100_000)))  # equally long: none is part of another
-NAMES = CITIES + LANDS
 
 # None of these is part of another, so that an answer cannot hold one by chance.
 NOUNS = words("""
