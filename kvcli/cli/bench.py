@@ -11,7 +11,7 @@ import click
 from ..errors import UsageError
 from . import streams
 from .documents import documents
-from .ui import Ui, complain, current, model_options, output_options, size
+from .ui import Ui, complain, complete_after, current, model_options, output_options, size
 from .works import of_texts, on_texts, tasks_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,14 @@ METHODS, BUDGETS = "snapkv+adakv,keydiff,kvmerger", "50%,20%"
 
 @click.command("bench", short_help="Measure recipes and budgets on documents.")
 @click.argument("docs", nargs=-1, metavar="[DOC|SNAP|-]...")
-@click.option("-m", "--method", multiple=True, metavar="RECIPE,...", help=f"What is compared [{METHODS}].")
+@click.option(
+    "-m",
+    "--method",
+    multiple=True,
+    shell_complete=complete_after("+,"),
+    metavar="RECIPE,...",
+    help=f"What is compared [{METHODS}].",
+)
 @click.option(
     "-b", "--budget", multiple=True, metavar="SIZE,...", help=f"To what size, as compress has it [{BUDGETS}]."
 )

@@ -12,17 +12,12 @@ import click
 from ..errors import UsageError
 from . import streams
 from .names import METHODS
-from .ui import Ui, current, output_options, peak_memory, size
+from .ui import Ui, complete_after, current, output_options, peak_memory, size
 
 if TYPE_CHECKING:
     from ..budget import Budget
     from ..pipeline import Plan
     from ..recipe import Recipe
-
-
-def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    done, plus, last = incomplete.rpartition("+")
-    return [done + plus + name for name in METHODS if name.startswith(last)]
 
 
 @click.command(
@@ -36,7 +31,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     "--method",
     required=True,
     metavar="RECIPE",
-    shell_complete=_complete,
+    shell_complete=complete_after("+"),
     help="Methods joined by +, with options: snapkv:window=16+adakv.",
 )
 @click.option(

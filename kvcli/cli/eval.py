@@ -12,7 +12,7 @@ import click
 from ..errors import GateError, UsageError
 from . import streams
 from .tables import print_tables
-from .ui import Ui, complain, current, model_options, output_options
+from .ui import Ui, complain, complete_after, current, model_options, output_options
 from .works import Options, gather, given
 
 if TYPE_CHECKING:
@@ -22,21 +22,29 @@ if TYPE_CHECKING:
 
 SCHEMA, LOG = "kvcli.eval/1", "kvcli.eval.sample/1"
 # What is measured where nothing else is asked for.
-METHODS = ("random", "streamingllm", "keydiff", "snapkv", "snapkv+adakv", "h2o", "kvmerger")
-BUDGETS = ("35%",)
+METHODS, BUDGETS = "random,streamingllm,keydiff,snapkv,snapkv+adakv,h2o,kvmerger", "35%"
 
 
 @click.command("eval", short_help="Measure what methods lose on a document or a benchmark.")
 @click.argument("docs", nargs=-1, metavar="[DOC|SNAP|-]...")
-@click.option("-t", "--task", multiple=True, metavar="TASKS", help="needle, ppl, qa:FILE ... [needle,ppl]")
-@click.option("-m", "--method", multiple=True, metavar="RECIPES", help="Several by commas. [a selection]")
-@click.option("-b", "--budget", multiple=True, metavar="SIZES", help="Several by commas: 50%,35%,20%. [35%]")
+@click.option("-t", "--task", multiple=True, metavar="TASK,...", help="What is asked [needle,ppl].")
+@click.option(
+    "-m",
+    "--method",
+    multiple=True,
+    shell_complete=complete_after("+,"),
+    metavar="RECIPE,...",
+    help=f"What is compared [{METHODS}].",
+)
+@click.option(
+    "-b", "--budget", multiple=True, metavar="SIZE,...", help=f"To what size, as compress has it [{BUDGETS}]."
+)
 @click.option("--questions", metavar="FILE.jsonl", help='About each DOC: {"prompt", "prefix"?, "answer"} a line.')
 @click.option("--continuation", metavar="FILE", help="How expected is this text behind each DOC?")
 @click.option("--known", is_flag=True, help="Compress for each question anew, with the question known.")
 @click.option("--raw", is_flag=True, help="Read texts as they are, without the model's chat template.")
 @click.option("--truncate", is_flag=True, help="Cut a document that is too long.")
-@click.option("-n", "--tokens", type=click.IntRange(1), help="Most tokens an answer. [what the task says]")
+@click.option("-n", "--tokens", type=click.IntRange(1), help="Most tokens an answer [as the task says].")
 @click.option("--limit", type=click.IntRange(1), help="Most documents a task.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of tasks and methods.")
 @click.option("-o", "--output", metavar="FILE.json", help="Write what --json shows to a file.")
@@ -74,7 +82,7 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
         from ..evaluate import Grid
         from ..recipe import grid
 
-        cells = grid(options["method"] or METHODS, options["budget"] or BUDGETS)
+        cells = grid(options["method"] or (METHODS,), options["budget"] or (BUDGETS,))
         found = given(ui, docs, options, phase)
         works = gather(ui, found, options)
     _check_gates(gates, works)

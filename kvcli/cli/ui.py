@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from .names import METHODS
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -106,6 +108,16 @@ def model_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def complete_after(marks: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Completes the name of a method, behind any of these marks."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        start = max(incomplete.rfind(mark) for mark in marks) + 1
+        return [incomplete[:start] + name for name in METHODS if name.startswith(incomplete[start:])]
+
+    return complete
 
 
 def complain(*lines: str) -> None:
