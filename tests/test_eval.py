@@ -159,11 +159,11 @@ def test_another_models_snapshot_does_not_stop_the_rest(
 
 
 def test_a_document_that_is_too_long_does_not_stop_the_rest(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (desk / "long.txt").write_text(TEXT * 12)
+    (desk / "long.txt").write_text("It is a very long report. " * 90)
     found = result(capsys, "long.txt", "a.txt", "-t", "ppl", "-m", "random", code=6)
     assert {row["document"] for row in found["errors"]} == {"long.txt"} and len(found["rows"]) == 18
-    cut = result(capsys, "long.txt", "a.txt", "-t", "ppl", "-m", "random", "--truncate")
-    assert cut["rows"][0]["n"] > found["rows"][0]["n"]
+    cut = result(capsys, "long.txt", "a.txt", "-t", "ppl,needle:facts=2,copies=1", "-m", "random", "--truncate")
+    assert cut["rows"][0]["n"] > found["rows"][0]["n"] and cut["errors"] == []
 
 
 @pytest.mark.parametrize(

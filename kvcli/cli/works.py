@@ -81,7 +81,21 @@ def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], 
                 groups.setdefault(reader.meta.seq.ids_hash + json.dumps(reader.meta.model), []).append((name, reader))
         _check(texts, [*groups.values()], options)
         how = {name: options[name] for name in ("device", "dtype")}
-        return Given(model_of(found, options["model"], **how, tick=phase), texts, [*groups.values()])
+        model = model_of(found, options["model"], **how, tick=phase)
+    if options["truncate"]:
+        texts = [(name, _shortened(ui, model, name, text)) for name, text in texts]
+    return Given(model, texts, [*groups.values()])
+
+
+def _shortened(ui: Ui, model: "Model", name: str, text: str) -> str:
+    """As much of a text as leaves room for facts, question and answer: what is hidden must not be cut off again."""
+    from ..model.text import question_ids, readable
+
+    ids, room = question_ids(model.tokenizer, text, "", ""), readable(model.config)
+    if len(ids) <= room:
+        return text
+    ui.warn(f"{name}: cut to {room:,} tokens, {len(ids) - room:,} were left out")
+    return str(model.tokenizer.decode(ids[:room]))
 
 
 def _named(docs: Sequence[str], options: Options) -> Sequence[str]:
