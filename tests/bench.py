@@ -1,6 +1,6 @@
 """make bench: tables of `kvcli eval` and ratios of speed, as rows of samples/bench.jsonl and as text.
 
-`make bench WHAT=kvmerger` measures one kind alone: quality, kinds (of facts), known (the question), kvmerger (its
+`make bench WHAT=kvmerger` measures one kind alone: quality, instrument, kinds (of facts), known (the question), kvmerger (its
 variants beside H2O and SnapKV) or ratio.
 """
 
@@ -21,6 +21,7 @@ VARIANTS = ",".join(
 DOCUMENT = "kvcli eval samples/harbour.txt"
 EVALS = {
     "quality": f"{DOCUMENT} -m random,streamingllm,knorm,keydiff,h2o,snapkv,snapkv+adakv,kvmerger -b 50%,35%,20%",
+    "instrument": "kvcli eval -t needle:tokens=1000,copies=20 --raw -m snapkv,keydiff,streamingllm,h2o -b 35%",
     "kinds": f"{DOCUMENT} -t needle:all,tokens=2000 -m streamingllm,keydiff,snapkv,kvmerger -b 50%",
     "known": f"{DOCUMENT} -t needle --known -m snapkv,snapkv+adakv -b 35%,20%",
     "kvmerger": f"{DOCUMENT} -m {VARIANTS},kvmerger+global,h2o,snapkv -b 50%,35%",
