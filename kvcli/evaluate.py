@@ -21,7 +21,7 @@ from .recipe import Cell, Recipe
 from .snapshot import Snapshot
 from .storage import Reader
 from .tasks.task import Case
-from .trial import Exam, Trial, judged, nothing
+from .trial import Exam, Reading, Trial, judged, nothing
 
 FULL, NONE = ("full", "100%"), ("none", "0%")
 KEY = ("task", "document", "method", "budget")
@@ -50,6 +50,7 @@ class Work:
     case: Case
     read: Callable[[], Exam]
     files: Sequence[tuple[Name, Reader]] = ()
+    how: Reading | None = None
 
     def key(self, name: Name) -> Key:
         return (self.case.task, self.case.name, *name)
@@ -113,13 +114,20 @@ def evaluate(model: Model, works: Sequence[Work], grid: Grid, done: Collection[K
     for work in works:
         left = [name for name in work.names(grid) if work.key(name) not in done]
         try:
-            if left:
-                exam = work.read()
-                chat = exam.prefix.chat
-                blank[chat] = blank.get(chat) or nothing(model, chat)
-                yield from _Measure(model, work, exam, grid).units(left, blank[chat])
+            for unit in _units(model, work, grid, tuple(left), blank):
+                left.remove(unit.key[2:])
+                yield unit
         except KvError as error:
             yield from (Unit(work.key(name), error=error) for name in left)
+
+
+def _units(model: Model, work: Work, grid: Grid, left: Collection[Name], blank: dict[bool, Prefix]) -> Iterator[Unit]:
+    """Those of one document; what the model knows without any is made once and kept in `blank`."""
+    if left:
+        exam = work.read()
+        chat = exam.prefix.chat
+        blank[chat] = blank.get(chat) or nothing(model, chat)
+        yield from _Measure(model, work, exam, grid).units(left, blank[chat])
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,14 @@ class _Measure:
             yield from self.attempt(recipe, [budget for _, budget in cells])
         for name, reader in self.work.files:
             if name in left:
-                yield self.unit(name, Prefix.read(reader.snapshot(), self.model), size=_size(reader))
+                yield self.file(name, reader)
+
+    def file(self, name: Name, reader: Reader) -> Unit:
+        """A snapshot as it is."""
+        try:
+            return self.unit(name, Prefix.read(reader.snapshot(), self.model), size=_size(reader))
+        except KvError as error:
+            return Unit(self.work.key(name), error=error)
 
     def attempt(self, recipe: Recipe, budgets: Sequence[Budget | None]) -> Iterator[Unit]:
         """All budgets at once; where that fails, each on its own."""

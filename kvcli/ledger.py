@@ -68,4 +68,4 @@ class Ledger:
 
     def _strange(self, number: int) -> StorageError:
         what = f"{shown(self._path)}:{number} is no row of {self._schema}"
-        return StorageError(what, "the file holds something else", "use -f to replace it, or name another file")
+        return StorageError(what, "the file holds something else", "name another file, or delete this one")

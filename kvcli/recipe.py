@@ -219,15 +219,17 @@ def split(texts: Iterable[str]) -> list[str]:
 Cell = tuple[Recipe, Budget | None]
 
 
-def grid(methods: Iterable[str], budgets: Sequence[str]) -> list[Cell]:
+def grid(methods: Iterable[str], budgets: Sequence[str], usual: str = "") -> list[Cell]:
     """Every recipe of these lists with every budget, once alone where it takes none; see `split`.
 
-    Raises UsageError for what cannot be read, is given twice, or is a budget for recipes that all take none.
+    usual: the budgets where none is given and some recipe takes one. Raises UsageError for what cannot be read, is
+        given twice, or is a budget for recipes that all take none.
     """
     recipes, sizes = [Recipe.parse(text) for text in split(methods)], split(budgets)
     if twice := next((recipe for i, recipe in enumerate(recipes) if str(recipe) in map(str, recipes[:i])), None):
         raise UsageError(f"--method {twice} is given twice")
     some = any(recipe.takes_budget for recipe in recipes)
+    sizes = sizes or split([usual] if usual and some else [])
     # Where no recipe takes a budget, the first says why.
     shared = [recipe.budgets(sizes if recipe.takes_budget or not some else []) for recipe in recipes]
     return [(recipe, budget) for recipe, mine in zip(recipes, shared, strict=True) for budget in mine]

@@ -1,6 +1,5 @@
 """Samples -> rows: what each method reaches in each metric, its standard error, and how much it keeps of the full."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .evaluate import FULL, NONE, Unit
+from .evaluate import FULL, NONE, Name, Unit
 
 DRAWS, CHUNK = 1000, 2**22  # resamples of the bootstrap, and numbers of them held at a time
 FEW = 8  # documents, from which on it is they that are drawn, since the answers about one document hang together
@@ -68,8 +67,21 @@ def metrics_of(values: Iterable[str]) -> dict[str, Metric]:
     return scores | {name: METRICS[name] for name in parts if METRICS[name].source in names}
 
 
-def stderr(x: Tensor, group: Tensor, metric: Metric, draws: int = DRAWS) -> float:  # [n], [n] int64
-    """Standard error by bootstrap, seeded: whole groups are drawn where there are at least FEW, else single numbers."""
+@dataclass(frozen=True)
+class Found:
+    """A metric of some samples, and what it is in each resample of them."""
+
+    value: float
+    draws: Tensor  # [R] float64
+    n: int
+
+    @property
+    def stderr(self) -> float:
+        return float(self.draws.std(correction=0))
+
+
+def measured(x: Tensor, group: Tensor, metric: Metric, draws: int = DRAWS) -> Found:  # [n], [n] int64
+    """A metric with its bootstrap, seeded: whole groups are drawn where there are at least FEW, else single numbers."""
     groups = int(group.max()) + 1
     of = group if groups >= FEW else torch.arange(len(x))
     size = int(of.max()) + 1
@@ -79,43 +91,60 @@ def stderr(x: Tensor, group: Tensor, metric: Metric, draws: int = DRAWS) -> floa
         drawn = torch.randint(size, (min(step, draws - start), size), generator=rng)
         times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
         found.append(metric.statistic(x, times[:, of]))
-    return float(torch.cat(found).std(correction=0))
+    value = metric.statistic(x, torch.ones(1, len(x), dtype=torch.float64))
+    return Found(float(value), torch.cat(found), len(x))
 
 
 def rows(units: Iterable[Unit]) -> list[dict[str, Any]]:
     """A row for every task, method, budget and metric, in the order the units first name them.
 
-    recovery: (value - none) / (full - none); None where the two anchors agree or one is missing.
+    recovery: (value - none) / (full - none), the anchors over the same documents; None where one is missing, and where
+    they are within two standard errors of one another.
     """
-    tasks: dict[str, dict[tuple[str, str], list[Unit]]] = {}
+    tasks: dict[str, dict[Name, list[Unit]]] = {}
     for unit in units:
         if unit.error is None:
-            task, _, *name = unit.key
-            tasks.setdefault(task, {}).setdefault((name[0], name[1]), []).append(unit)
+            task, _, method, budget = unit.key
+            tasks.setdefault(task, {}).setdefault((method, budget), []).append(unit)
     return [row for task, named in tasks.items() for row in _task(task, named)]
 
 
-def _task(task: str, named: Mapping[tuple[str, str], Sequence[Unit]]) -> list[dict[str, Any]]:
-    found = [row for name, units in named.items() for row in _method(task, name, units)]
-    anchors = {(row["method"], row["metric"]): row["value"] for row in found if row["method"] in (FULL[0], NONE[0])}
-    for row in found:
-        full, none = (anchors.get((name, row["metric"]), math.nan) for name in (FULL[0], NONE[0]))
-        way = full - none
-        row["recovery"] = (row["value"] - none) / way + 0.0 if way and not math.isnan(way) else None  # no -0
+def _task(task: str, named: Mapping[Name, Sequence[Unit]]) -> list[dict[str, Any]]:
+    known: dict[tuple[Name, frozenset[str]], dict[str, Found]] = {}
+
+    def of(name: Name, documents: frozenset[str]) -> dict[str, Found]:
+        if (name, documents) not in known:
+            known[name, documents] = _metrics([unit for unit in named.get(name, ()) if unit.key[1] in documents])
+        return known[name, documents]
+
+    found = []
+    for name, units in named.items():
+        documents = frozenset(unit.key[1] for unit in units)
+        full, none = of(FULL, documents), of(NONE, documents)
+        size = {"bytes": round(_mean(unit.bytes for unit in units)), "keep": _mean(unit.keep for unit in units)}
+        for metric, mine in of(name, documents).items():
+            about: dict[str, Any] = {"method": name[0], "budget": name[1] or None, "task": task, "metric": metric}
+            numbers = {"value": mine.value, "stderr": mine.stderr, "n": mine.n, **size}
+            found.append({**about, **numbers, "recovery": recovery(mine, full.get(metric), none.get(metric))})
     return found
 
 
-def _method(task: str, name: tuple[str, str], units: Sequence[Unit]) -> list[dict[str, Any]]:
+def recovery(mine: Found, full: Found | None, none: Found | None) -> float | None:
+    """How much of the way from no document to the full cache is left; the anchors are drawn alike, so pair by pair."""
+    if full is None or none is None:
+        return None
+    way, spread = full.value - none.value, float((full.draws - none.draws).std(correction=0))
+    return (mine.value - none.value) / way + 0.0 if abs(way) > 2 * spread else None  # no -0
+
+
+def _metrics(units: Sequence[Unit]) -> dict[str, Found]:
     samples = [(i, sample["values"]) for i, unit in enumerate(units) for sample in unit.samples]
-    size = {"bytes": round(_mean(unit.bytes for unit in units)), "keep": _mean(unit.keep for unit in units)}
-    found = []
+    found = {}
     for metric, how in metrics_of(dict.fromkeys(value for _, values in samples for value in values)).items():
         pairs = [(i, x) for i, values in samples for x in values.get(how.source, ())]
         of = {i: place for place, i in enumerate(dict.fromkeys(i for i, _ in pairs))}
         x, group = torch.tensor([x for _, x in pairs], dtype=torch.float64), torch.tensor([of[i] for i, _ in pairs])
-        value = float(how.statistic(x, torch.ones(1, len(x), dtype=torch.float64)))
-        about: dict[str, Any] = {"method": name[0], "budget": name[1] or None, "task": task, "metric": metric}
-        found.append({**about, "value": value, "stderr": stderr(x, group, how), "n": len(x), **size})
+        found[metric] = measured(x, group, how)
     return found
 
 

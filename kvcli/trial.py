@@ -156,9 +156,10 @@ def _fitted(model: Model, case: Case, ids: list[int], ends: tuple[int, str], how
     if len(ids) + room <= limit:
         return ids
     if case.cut and limit - room > 2 * lead:
-        first = (limit - room) // 2
-        warn(f"{len(ids):,} tokens, its middle was left out to fit {limit - room:,}")
-        return ids[:first] + ids[len(ids) - (limit - room - first) :]
+        warn(f"{len(ids):,} tokens, its {case.cut} was left out to fit {limit - room:,}")
+        mark = texts.question_ids(encode, case.mark, "", "")
+        first = (limit - room) // 2 if case.cut == "middle" else limit - room - len(mark)
+        return ids[:first] + (ids[len(ids) - (limit - room - first) :] if case.cut == "middle" else mark)
     if how.truncate:
         kept, cut = texts.truncate(encode, ids, limit - room, lead)
         warn(f"cut to {len(kept):,} tokens, {len(cut):,} were left out")

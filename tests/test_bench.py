@@ -324,12 +324,8 @@ def test_what_tasks_find_is_in_the_rows(
         (name, {f"ppl {metric}" for metric in ("ppl", "nll", "kl", "kl_median", "kl_p95", "top1")})
         for name in ("full", "random")
     ]
-    assert rows[0]["metrics"]["ppl kl"] == {
-        "value": 0,
-        "stderr": 0,
-        "n": rows[0]["metrics"]["ppl kl"]["n"],
-        "recovery": 1,
-    }
+    assert rows[0]["metrics"]["ppl kl"]["value"] == 0 and rows[1]["metrics"]["ppl kl"]["value"] > 0
+    assert set(rows[0]["metrics"]["ppl kl"]) == {"value", "stderr", "n", "recovery"}
     assert run(args) == 0 and run([*args, "-t", "ppl"]) == 0
     assert len((tmp_path / "rows").read_text().splitlines()) == 4  # with other tasks a row is another one
     assert run(["bench", "full", "-t", "needle"]) == 2

@@ -121,7 +121,6 @@ def test_a_log_of_another_run_is_refused(desk: Path, capsys: pytest.CaptureFixtu
     assert run(["eval", *ARGS, "--log", "log.jsonl", "--seed", "1", "--raw"]) == 2
     assert "differs in raw, seed" in capsys.readouterr().err
     assert (desk / "log.jsonl").read_bytes() == before
-    assert run(["eval", *ARGS, "--log", "log.jsonl", "--seed", "1", "-f"]) == 0
     (desk / "diary").write_text("Dear diary.\n")
     assert run(["eval", *ARGS, "--log", "diary"]) == 3
     assert (desk / "diary").read_text() == "Dear diary.\n"
@@ -143,6 +142,26 @@ def test_snapshots_are_measured_as_they_are(desk: Path, capsys: pytest.CaptureFi
     alone = result(capsys, "small.kv.safetensors", *args)  # its document is read again
     for found in (both, alone):
         assert values(found["rows"], "kl") == values(files["rows"], "kl")
+
+
+def test_files_called_alike_stay_apart(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    snapshots(desk)
+    again = ["compress", "full.kv.safetensors", "-m", "h2o:heavy=0.5", "-b", "20%", "-o", "again.kv.safetensors"]
+    assert run(again) == 0
+    files = ("full.kv.safetensors", "small.kv.safetensors", "again.kv.safetensors")
+    found = result(capsys, *files, "--questions", "q.jsonl", "-m", "h2o", "-b", "20%")
+    assert {row["n"] for row in found["rows"]} == {2}
+    assert {row["method"] for row in found["rows"]} == {"full", "none", "h2o", "small.kv.safetensors", "h2o:heavy=0.5"}
+
+
+def test_a_damaged_snapshot_does_not_stop_the_rest(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    snapshots(desk)
+    data = bytearray((desk / "small.kv.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    (desk / "small.kv.safetensors").write_bytes(data)
+    files = ("full.kv.safetensors", "small.kv.safetensors")
+    found = result(capsys, *files, "--questions", "q.jsonl", "-m", "random", "-b", "50%", code=4)
+    assert {row["method"] for row in found["rows"]} == {"full", "none", "random"}
 
 
 def test_another_models_snapshot_does_not_stop_the_rest(
@@ -181,8 +200,10 @@ def test_a_document_that_is_too_long_does_not_stop_the_rest(desk: Path, capsys: 
         (("none.txt",), 3, "none.txt"),
         (("empty.txt", "-t", "ppl"), 2, "empty"),
         (("few.txt", "-t", "ppl"), 2, "too short"),
-        (("a.txt", "-t", "qa:bad.jsonl"), 4, "bad.jsonl:2"),
-        (("a.txt", "-t", "qa:none.jsonl"), 3, "none.jsonl"),
+        (("-t", "qa:bad.jsonl"), 4, "bad.jsonl:2"),
+        (("a.txt", "-t", "qa:qa.jsonl"), 2, "asked nothing"),
+        (("full.kv.safetensors", "--questions", "q.jsonl", "-t", "needle"), 2, "needs a text"),
+        (("-t", "qa:none.jsonl"), 3, "none.jsonl"),
         (("a.txt", "-t", "ppl", "--known", "-m", "snapkv"), 2, "--known"),
         (("full.kv.safetensors",), 2, "--questions FILE"),
         (("full.kv.safetensors", "--questions", "q.jsonl", "--raw"), 2, "--raw"),

@@ -143,7 +143,7 @@ def test_what_fails_does_not_stop_the_rest(model: Model) -> None:
 @pytest.mark.parametrize("cut", [True, False])
 def test_what_is_too_long_can_be_cut(model: Model, cut: bool) -> None:
     told: list[str] = []
-    case = Case("q", "d", "".join(f"{i}. " for i in range(400)), ASKED, cut=cut)
+    case = Case("q", "d", "".join(f"{i}. " for i in range(400)), ASKED, cut="middle" if cut else "")
     document = read_text(model, case, Reading(truncate=not cut), told.append)
     text = model.tokenizer.decode(document.snapshot.ids)
     room = max(len(trial.ids) + trial.question.n for trial in document.trials if trial.question)
@@ -159,3 +159,9 @@ def test_a_model_that_breaks_off_is_no_unit(model: Model) -> None:
         list(evaluate(model, [Work(QUESTIONS, lambda: 1 / 0)], Grid()))  # type: ignore[arg-type,return-value]
     found = list(evaluate(model, [Work(QUESTIONS, other)], Grid()))  # type: ignore[arg-type]
     assert [unit.error and unit.error.what for unit in found] == ["another model"] * 2
+
+
+def test_an_empty_prompt_lets_plain_text_go_on(model: Model) -> None:
+    case = Case("q", "d", TEXT, (Question("", "", ("x",), n=3),), raw=True)
+    units = measured(model, [case], ["h2o"], ["50%"])
+    assert not any(unit.error for unit in units) and len(values(units, FULL)) == 1

@@ -42,7 +42,7 @@ def test_questions_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text(f"\ufeff\n{json.dumps(row)}\r\n\n{json.dumps(QA, ensure_ascii=False)}", encoding="utf-8")
     one, two = qa.cases(str(path), SETTING)
-    assert (one.task, one.name, two.name) == (f"qa:{path}", "line 2", "line 4")
+    assert (one.task, one.name, two.name) == (f"qa:{path}", f"{path}:2", f"{path}:4")
     assert one.text == ODD and not one.cut and not one.raw
     assert one.questions[0] == Question(ODD, "", ("a",), ("hit", "em", "f1"), 32)
     assert (one.questions[1].prefix, one.questions[1].answer) == ("It", ("b", "c"))
@@ -78,9 +78,9 @@ def test_limits_are_of_each_dataset(tmp_path: Path) -> None:
     many = [LONG | {"dataset": name} for name in ("hotpotqa", "hotpotqa", "qasper", "hotpotqa", "qasper_e")]
     found = read("longbench", tmp_path / "x.jsonl", *many, limit=1)
     assert [(case.task, case.name) for case in found] == [
-        ("longbench:hotpotqa", "line 1"),
-        ("longbench:qasper", "line 3"),
-        ("longbench:qasper_e", "line 5"),
+        ("longbench:hotpotqa", f"{tmp_path}/x.jsonl:1"),
+        ("longbench:qasper", f"{tmp_path}/x.jsonl:3"),
+        ("longbench:qasper_e", f"{tmp_path}/x.jsonl:5"),
     ]
     assert len(read("qa", tmp_path / "x.jsonl", QA, QA, QA, limit=2)) == 2
 
@@ -89,7 +89,12 @@ def test_limits_are_of_each_dataset(tmp_path: Path) -> None:
 def test_zeroscrolls_is_cut_behind_its_document(place: str, tmp_path: Path) -> None:
     again, other = ZERO | {"output": "Robert"}, ZERO | {"id": "b", "output": ["Rob", "Robin"]}
     one, two = read("zeroscrolls", tmp_path / place, ZERO, other, again)
-    assert (one.task, one.name, one.text, one.cut) == ("zeroscrolls:qasper", "line 1", "Read.\n\nBob.", True)
+    assert (one.task, one.name, one.text, one.cut) == (
+        "zeroscrolls:qasper",
+        f"{tmp_path / place}:1",
+        "Read.\n\nBob.",
+        "end",
+    )
     assert one.text + "\n" + one.questions[0].prompt == ZERO["input"]
     assert one.questions[0].answer == ("Bob", "Robert") and two.questions[0].answer == ("Rob", "Robin")
     (first,) = read("zeroscrolls", tmp_path / place, ZERO, other, again, limit=1)

@@ -76,7 +76,7 @@ def test_another_file_is_refused_and_left_alone(tmp_path: Path, text: str) -> No
         return
     with pytest.raises(StorageError, match="no row of rows/1") as caught:
         Ledger(path, "rows/1")
-    assert path.read_text() == text and "-f" in caught.value.fix
+    assert path.read_text() == text and "another file" in caught.value.fix
     assert written(path, ROWS, force=True) == [] and written(path, []) == ROWS
 
 

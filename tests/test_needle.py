@@ -116,6 +116,10 @@ def test_too_short_a_text_is_refused() -> None:
         ("17:52", "17", False),
         ("C++ (and C)", "C++", True),
         ("a brown fox", ["dog", "fox"], True),
+        ("首都是北京。", "北京", True),
+        ("答えは2019年です", "2019", True),
+        ("답은 서울이다", "서울", True),
+        ("a fox", " fox ", True),
         ("a brown fox", [], False),
     ],
 )

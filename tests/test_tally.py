@@ -10,9 +10,13 @@ from torch import Tensor
 
 from kvcli.errors import KvError
 from kvcli.evaluate import FULL, NONE, Name, Unit
-from kvcli.tally import FEW, METRICS, Metric, mean, perplexity, quantile, rows, stderr
+from kvcli.tally import FEW, METRICS, Metric, mean, measured, perplexity, quantile, rows
 
 HIT = Metric("hit")
+
+
+def stderr(x: Tensor, group: Tensor, metric: Metric) -> float:
+    return measured(x, group, metric).stderr
 
 
 def unit(name: Name, document: str, values: list[dict[str, list[float]]], task: str = "t") -> Unit:
@@ -100,3 +104,21 @@ def test_errors_have_no_rows_and_tasks_stay_apart() -> None:
     good = [unit(FULL, "d", [{"hit": [1.0]}], task) for task in ("a", "b")]
     found = rows([*good, Unit(("a", "e", *FULL), error=KvError("no"))])
     assert [(row["task"], row["n"]) for row in found if row["metric"] == "hit"] == [("a", 1), ("b", 1)]
+
+
+def test_recovery_is_over_the_same_documents() -> None:
+    scores = {"easy": (1.0, 0.0), "hard": (0.5, 0.0)}
+    units = [
+        unit(name, document, [{"hit": [value]}] * 3)
+        for document, pair in scores.items()
+        for name, value in zip((FULL, NONE), pair, strict=True)
+    ]
+    found = {row["method"]: row for row in rows([*units, unit(("m", "9"), "hard", [{"hit": [0.5]}] * 3)])}
+    assert found["m"]["recovery"] == 1 and found["m"]["n"] == 3 and found["full"]["n"] == 6
+
+
+@pytest.mark.parametrize(("none", "open_"), [([0.0] * 6, False), ([1.0, 0.0, 1.0, 0.0, 1.0, 1.0], True)])
+def test_anchors_within_noise_leave_recovery_open(none: list[float], open_: bool) -> None:
+    full = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    units = [unit(name, "d", [{"hit": [x]} for x in values]) for name, values in ((FULL, full), (NONE, none))]
+    assert [row["recovery"] is None for row in rows(units)] == [open_] * 2

@@ -11,8 +11,8 @@ import click
 from ..errors import UsageError
 from . import streams
 from .documents import documents
+from .inputs import of_texts, on_texts, tasks_of
 from .ui import Ui, complain, complete_after, current, model_options, output_options, size
-from .works import of_texts, on_texts, tasks_of
 
 if TYPE_CHECKING:
     from ..bench import Bench
@@ -83,11 +83,9 @@ def command(docs: tuple[str, ...], method: tuple[str, ...], budget: tuple[str, .
 def _cells(ui: Ui, methods: Sequence[str], budgets: Sequence[str]) -> "list[Cell]":
     with ui.phases() as phase:
         phase("loading torch")
-        from ..recipe import Recipe, grid, split
+        from ..recipe import grid
 
-    if not budgets and any(Recipe.parse(text).takes_budget for text in split(methods)):
-        budgets = (BUDGETS,)
-    return grid(methods, budgets)
+    return grid(methods, budgets, BUDGETS)
 
 
 def _ready(

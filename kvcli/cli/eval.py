@@ -11,9 +11,9 @@ import click
 
 from ..errors import GateError, UsageError
 from . import streams
+from .inputs import Options, gather, given
 from .tables import print_tables
 from .ui import Ui, complain, complete_after, current, model_options, output_options
-from .works import Options, gather, given
 
 if TYPE_CHECKING:
     from ..evaluate import Grid, Key, Unit, Work
@@ -71,10 +71,12 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
     \b
     Examples:
       kvcli eval report.txt -m kvmerger,snapkv,h2o -b 50%,35%,20%
-      kvcli eval --task needle:keys,tokens=4000,copies=1 -m keydiff --raw --fail-under hit=0
+      kvcli eval --task needle:keys,tokens=4000,copies=1 -m keydiff --raw --fail-under top1=0.2
       kvcli eval full.kv.safetensors --questions q.jsonl -m snapkv -b 35% --log answers.jsonl
     """
     ui = current()
+    if ui.as_json and options["markdown"]:
+        raise UsageError("--json and --markdown exclude each other", fix="give one of them")
     gates = dict(map(_gate, options["fail_under"]))
     output = _output(options["output"], options["force"])
     with ui.phases() as phase:
@@ -82,23 +84,29 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
         from ..evaluate import Grid
         from ..recipe import grid
 
-        cells = grid(options["method"] or (METHODS,), options["budget"] or (BUDGETS,))
+        cells = grid(options["method"] or (METHODS,), options["budget"], BUDGETS)
         found = given(ui, docs, options, phase)
-        works = gather(ui, found, options)
+        plan = Grid(cells, options["seed"], options["known"])
+    works = gather(ui, found, plan, options)
     _check_gates(gates, works)
-    run = _Run(found.model, works, Grid(cells, options["seed"], options["known"]), _config(found.model, works, options))
+    run = _Run(found.model, works, plan, _config(found.model, works, options))
     units = run.units(ui, options)
     facts = {"config": run.config, **_facts(units)}
-    if output:
-        streams.write_text(output, json.dumps({"schema": SCHEMA, **facts}, indent=1) + "\n", options["force"])
-    ui.result(SCHEMA, facts)
-    if not ui.as_json:
-        print_tables(facts["rows"], options["markdown"])
+    _hand_out(ui, facts, output, options)
     missed = [*_missed(facts["rows"], gates)]
     for text in missed:
         complain(text)
     if codes := [row["error"]["code"] for row in facts["errors"]] + [GateError.exit_code] * bool(missed):
         raise click.exceptions.Exit(codes[0])
+
+
+def _hand_out(ui: Ui, facts: dict[str, Any], output: Path | None, options: Options) -> None:
+    """To the file, and to stdout as JSON or tables."""
+    if output:
+        streams.write_text(output, json.dumps({"schema": SCHEMA, **facts}, indent=1) + "\n", options["force"])
+    ui.result(SCHEMA, facts)
+    if not ui.as_json:
+        print_tables(facts["rows"], options["markdown"])
 
 
 def _output(name: str | None, force: bool) -> Path | None:
@@ -133,17 +141,15 @@ def _check_gates(gates: Mapping[str, float], works: "Sequence[Work]") -> None:
 
 def _config(model: "Model", works: "Sequence[Work]", options: Options) -> dict[str, Any]:
     """What the numbers depend on, methods and budgets apart."""
-    from torch import get_num_threads
-
     from ..evaluate import digest
     from ..stamp import stamp
     from ..tasks import version
-    from .works import specs
+    from .inputs import specs
 
     tasks = {spec: version(spec) for spec in specs(options)}
     asked = {name: options[name] for name in ("raw", "known", "truncate", "tokens", "limit", "seed")}
     who = {"model": model.id, **{name: model.identity[name] for name in ("weights", "dtype")}}
-    return {**who, **stamp(model.device), "threads": get_num_threads(), "tasks": tasks, **asked, "cases": digest(works)}
+    return {**who, **stamp(model.device), "tasks": tasks, **asked, "cases": digest(works)}
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ class _Run:
 
         if options["log"] is None:
             return self.measured(ui, None)
-        with Ledger(Path(options["log"]), LOG, force=options["force"]) as ledger:
+        with Ledger(Path(options["log"]), LOG) as ledger:
             _agree(ledger, self.config)
             return self.measured(ui, ledger)
 
@@ -178,7 +184,7 @@ class _Run:
         if found:
             ui.say(f"{len(found)} of {len(keys)} were measured before")
         with ui.progress("measuring") as tick:
-            for unit in evaluate(self.model, self.works, self.grid, found.keys()):
+            for unit in evaluate(self.model, self.works, self.grid, {*found}):
                 found[unit.key] = unit
                 if ledger:
                     ledger.put(*lines(unit))
@@ -196,15 +202,15 @@ def _agree(ledger: "Ledger", config: dict[str, Any]) -> None:
     if theirs != ours:
         unlike = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
         what = f"the log is of a run that differs in {', '.join(unlike)}"
-        raise UsageError(what, "numbers of different runs do not mix", "name another log, or -f to begin it anew")
+        raise UsageError(what, "numbers of different runs do not mix", "name another log, or delete this one")
 
 
 def _tell(unit: "Unit", told: set[str]) -> None:
-    """An error once for each document."""
-    error, (_, document, *_) = unit.error, unit.key
+    """An error once for each document, with the method it first met."""
+    error, (_, document, method, budget) = unit.error, unit.key
     if error and (text := f"{document}: {error.what}") not in told:
         told.add(text)
-        complain(text, error.why, error.fix)
+        complain(f"{document}, {' '.join(filter(None, (method, budget)))}: {error.what}", error.why, error.fix)
 
 
 def _facts(units: "Sequence[Unit]") -> dict[str, Any]:
@@ -218,7 +224,9 @@ def _facts(units: "Sequence[Unit]") -> dict[str, Any]:
 
 def _missed(rows: Sequence[dict[str, Any]], gates: Mapping[str, float]) -> Iterator[str]:
     """What stays below a gate, in words."""
+    from ..evaluate import FULL, NONE
+
     for row in rows:
-        if row["method"] not in ("full", "none") and row["value"] < gates.get(row["metric"], -math.inf):
+        if (row["method"], row["budget"]) not in (FULL, NONE) and row["value"] < gates.get(row["metric"], -math.inf):
             where = " ".join(filter(None, (row["method"], row["budget"])))
             yield f"{row['task']}: {row['metric']} of {where} is {row['value']:.4g}, under {gates[row['metric']]:g}"

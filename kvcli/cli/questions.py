@@ -66,9 +66,8 @@ def _read(path: str) -> list[dict[str, Any]]:
 
 
 def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
-    good = isinstance(row.get("prompt"), str) and isinstance(row.get("prefix", ""), str)
-    answers = row.get("answer", "")
-    answers = answers if isinstance(answers, list) else [answers]
-    if not good or not answers or not all(isinstance(one, str) for one in answers):
+    from ..tasks.rows import answers_of
+
+    if not (isinstance(row.get("prompt"), str) and isinstance(row.get("prefix", ""), str)):
         raise FormatError(f"{where} is not a question", fix='write {"prompt": "...", "answer": "..."} a line')
-    return row
+    return row | ({"answer": list(answers_of(row, "answer", where))} if "answer" in row else {})

@@ -13,8 +13,9 @@ def print_tables(rows: Sequence[Row], markdown: bool) -> None:
     """To stdout; recovery is that of the first metric."""
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
-        title = f"{task}, n = {max(row['n'] for row in mine):,}"
-        cells = list(_cells(mine))
+        counts = sorted({row["n"] for row in mine})
+        title = clean(f"{task}, n = {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}")
+        cells = [[clean(cell) for cell in line] for line in _cells(mine)]
         if markdown:
             _markdown(title, cells)
         else:
@@ -24,13 +25,15 @@ def print_tables(rows: Sequence[Row], markdown: bool) -> None:
 def _cells(rows: Sequence[Row]) -> Iterator[list[str]]:
     """The head and a line for each method and budget."""
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    yield ["method", "budget", *metrics, "recovery", "size"]
+    uneven = len({row["n"] for row in rows}) > 1
+    yield ["method", "budget", *["n"] * uneven, *metrics, "recovery", "size"]
     for name in dict.fromkeys((row["method"], row["budget"]) for row in rows):
         mine = {row["metric"]: row for row in rows if (row["method"], row["budget"]) == name}
         first = mine[metrics[0]]
         recovery = "" if first["recovery"] is None else f"{first['recovery']:.0%}"
         shown = [_number(mine[metric]) if metric in mine else "" for metric in metrics]
-        yield [name[0], name[1] or f"{first['keep']:.0%}", *shown, recovery, size(first["bytes"])]
+        count = [f"{first['n']:,}"] * uneven
+        yield [name[0], name[1] or f"{first['keep']:.0%}", *count, *shown, recovery, size(first["bytes"])]
 
 
 def _number(row: Row) -> str:
@@ -48,11 +51,11 @@ def _plain(title: str, cells: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=clean(title), title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(cells[0]):
         table.add_column(name, justify="right" if i > 1 else "left", no_wrap=True)
     for line in cells[1:]:
-        table.add_row(*(Text(clean(cell), "dim" if line[0] in ("full", "none") else "") for cell in line))
+        table.add_row(*(Text(cell, "dim" if line[0] in ("full", "none") else "") for cell in line))
     # Elsewhere than on a terminal a line is as long as it needs to be.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000, highlight=False)
     console.print(table)

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .attend import NAME, Law
 from .cache import Layer, Part, PrefixCache, named
 from .load import Model
-from .prefix import Prefix, check_room, finite_logits, run
+from .prefix import Prefix, check_room, finite_logits, opening, run
 from .text import stop_ids
 
 MOST = 16  # questions at a time: each holds a cache of its own
@@ -86,7 +86,8 @@ class _Speaker:
     def __init__(self, model: Model, prefix: Prefix, ids: Sequence[int], most: int) -> None:
         check_room(model, prefix.tokens, len(ids), most)
         self.cache, self.most = prefix.cache(model), most
-        self.said = [int(next(run(model, self.cache, ids, 1, chunk=1024)).argmax())]
+        first = next(run(model, self.cache, ids, 1, chunk=1024)) if ids else opening(model, prefix)
+        self.said = [int(first.argmax())]
 
     def goes_on(self, ends: Sequence[int]) -> bool:
         return len(self.said) < self.most and self.said[-1] not in ends

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import FormatError
-from .rows import Row, answers_of, named, rows, text_of
+from .rows import Row, answers_of, rows, text_of
 from .scores import SCORES
 from .task import Case, Question, Setting
 
@@ -70,20 +70,21 @@ def _case(name: str, row: Row, where: str) -> Case:
         question = replace(question, classes=_classes(row, where))
     if dataset.metric in _STRICT and not all(SCORES[dataset.metric](answer, question) for answer in answers):
         raise FormatError(f'{where}: "answers" does not fit', f"{name} is scored by {dataset.metric}")
-    return Case(f"longbench:{name}", named(where), head + context, (question,), raw=dataset.raw, cut=True)
+    return Case(f"longbench:{name}", where, head + context, (question,), raw=dataset.raw, cut="middle")
 
 
 def asked(rest: str, raw: bool) -> tuple[str, str]:
     """What a prompt says behind its document, as the prompt and the prefix of a question.
 
     The document is closed by a newline already. Without a chat template, another one stands between prompt and prefix:
-    it is the last of the text, so that the model reads the benchmark's own words to the letter.
+    it is the last of the text, so that the model reads the benchmark's own words to the letter, but for
+    white space at the end of the context.
     """
     rest = rest.removeprefix("\n")
     if not raw:
         return rest, ""
-    prompt, _, prefix = rest.rpartition("\n")
-    return prompt, prefix
+    prompt, line, prefix = rest.rpartition("\n")
+    return prompt, prefix if prompt else line + prefix
 
 
 def _classes(row: Row, where: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from itertools import islice
 
 from ..errors import FormatError
 from ..spool import shown
-from .rows import Row, answers_of, named, rows, text_of
+from .rows import Row, answers_of, rows, text_of
 from .task import Case, Question, Setting
 
 VERSION = 1
@@ -32,7 +32,7 @@ def _case(path: str, row: Row, where: str) -> Case:
     if not context.strip():
         raise FormatError(f'{where}: "context" is empty')
     found = tuple(_question(one, f"{where}, question {i}") for i, one in enumerate(asked, 1))
-    return Case(f"qa:{shown(path)}", named(where), context, found)
+    return Case(f"qa:{shown(path)}", where, context, found)
 
 
 def _question(row: Row, where: str) -> Question:

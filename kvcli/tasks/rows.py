@@ -33,11 +33,6 @@ def rows(path: str, stream: BinaryIO | None = None) -> Iterator[tuple[str, Row]]
         raise FormatError(f"{shown(path)} is empty", "one JSON object a line is expected")
 
 
-def named(where: str) -> str:
-    """What to call the document of a row, which has no name: its line."""
-    return f"line {where.rpartition(':')[2]}"
-
-
 def text_of(row: Row, key: str, where: str, *, default: str | None = None) -> str:
     """The text under a key; raises FormatError where it is missing without a default, or no text."""
     value = row.get(key, default)
@@ -47,12 +42,13 @@ def text_of(row: Row, key: str, where: str, *, default: str | None = None) -> st
 
 
 def answers_of(row: Row, key: str, where: str) -> tuple[str, ...]:
-    """The accepted answers under a key, a text or a list of texts; raises FormatError where none says anything."""
+    """The accepted answers under a key, a text or several, blank ones left out; FormatError where none is left."""
     value: Any = row.get(key)
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(one, str) for one in texts):
         raise FormatError(f'{where}: "{key}" {"is missing" if value is None else "must be a text or a list of texts"}')
-    if not any(one.strip() for one in texts):
+    texts = [one for one in texts if one.strip()]
+    if not texts:
         raise FormatError(f'{where}: "{key}" is empty', "without an answer nothing can be judged")
     if max(map(len, texts)) > LONGEST:
         raise FormatError(f'{where}: "{key}" is too long', f"an accepted answer has {LONGEST:,} characters at most")

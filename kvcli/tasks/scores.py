@@ -16,8 +16,10 @@ from .task import Question
 
 Score = Callable[[str, Question], float]
 
-# Whole words and whole numbers: 48 is not in "148", "48.5" or "48,000".
-_WHOLE = r"(?<!\w)(?<!\d[.,:]){}(?!\w|[.,:]\d)"
+# Whole words and whole numbers: 48 is not in "148", "48.5" or "48,000". Scripts that put no space between words have no
+# such edges: Thai to Khmer, kana, Chinese, Korean, whose particles join their nouns.
+_LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+_WHOLE = rf"(?<!{_LETTER})(?<!\d[.,:]){{}}(?!{_LETTER}|[.,:]\d)"
 # What LongBench's metrics.py leaves out of Chinese words.
 _PUNCTUATION = {
     *string.punctuation,
@@ -34,7 +36,7 @@ def label(metric: str) -> str:
 def hit(text: str, answer: str | Sequence[str]) -> bool:
     """True if an accepted answer stands in the text as whole words or whole numbers, whatever its case."""
     answers = [answer] if isinstance(answer, str) else answer
-    return any(re.search(_WHOLE.format(re.escape(a.casefold())), text.casefold()) for a in answers)
+    return any(re.search(_WHOLE.format(re.escape(a.strip().casefold())), text.casefold()) for a in answers)
 
 
 def matched(text: str, question: Question) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Case:
     continuation: str | None = None  # the text that is expected behind the document
     hold_out: bool = False  # or the document's own end: its last quarter, 512 tokens at most
     raw: bool = False  # leave the chat template out, as the task's authors do
-    cut: bool = False  # where the document is too long, leave out its middle, as the task's authors do
+    cut: Literal["", "middle", "end"] = ""  # what is left out where the document is too long, as the task's authors do
+    mark: str = ""  # and the words they put behind a document whose end is left out
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import FormatError, UsageError
 from ..spool import shown
-from .rows import Row, answers_of, named, rows, text_of
+from .rows import Row, answers_of, rows, text_of
 from .scores import SCORES
 from .task import Case, Question, Setting
 
@@ -70,7 +70,8 @@ def _case(task: str, row: Row, where: str) -> Case:
     metrics, n = TASKS[task]
     # The document is closed by a newline already.
     question = Question(text[end:].removeprefix("\n"), "", _answers(task, row, where), metrics, n)
-    return Case(f"zeroscrolls:{task}", named(where), text[:end], (question,), cut=True)
+    mark = text_of(row, "truncation_seperator", where, default="")
+    return Case(f"zeroscrolls:{task}", where, text[:end], (question,), cut="end", mark=mark)
 
 
 def _answers(task: str, row: Row, where: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from .questions import continuation
 from .ui import Ui
 
 if TYPE_CHECKING:
-    from ..evaluate import Name, Work
+    from ..evaluate import Grid, Name, Work
     from ..model.load import Model
     from ..storage import Reader
     from ..tasks.task import Case
@@ -26,7 +27,7 @@ Named = tuple[str, "Reader"]
 
 
 @dataclass(frozen=True)
-class Given:
+class Inputs:
     """The model, and what was named: texts, and snapshots in groups of one document and one model."""
 
     model: "Model"
@@ -64,7 +65,7 @@ def _about(options: Options) -> bool:
     return options["questions"] is not None or options["continuation"] is not None
 
 
-def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], None]) -> Given:
+def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], None]) -> Inputs:
     """Read what was named and load the model: --model, else the one that the first snapshot names."""
     from ..document import model_of, naming
     from ..spool import scratch
@@ -72,7 +73,8 @@ def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], 
 
     with scratch() as folder:
         found = documents(ui, _named(docs, options), folder)
-        texts = [(name, text) for name, text in found if isinstance(text, str)]
+        # A pipe that nobody named may well be empty.
+        texts = [(name, text) for name, text in found if isinstance(text, str) and (docs or text.strip())]
         groups: dict[str, list[Named]] = {}
         for name, path in found:
             if isinstance(path, Path):
@@ -84,7 +86,7 @@ def given(ui: Ui, docs: Sequence[str], options: Options, phase: Callable[[str], 
         model = model_of(found, options["model"], **how, tick=phase)
     if options["truncate"]:
         texts = [(name, _shortened(ui, model, name, text)) for name, text in texts]
-    return Given(model, texts, [*groups.values()])
+    return Inputs(model, texts, [*groups.values()])
 
 
 def _shortened(ui: Ui, model: "Model", name: str, text: str) -> str:
@@ -108,19 +110,29 @@ def _check(texts: Sequence[tuple[str, str]], groups: Sequence[Sequence[Named]], 
     if groups and not _about(options):
         why = "a snapshot's document cannot be changed or held out"
         raise UsageError(f"what is {groups[0][0][0]} to be asked?", why, "give --questions FILE or --continuation FILE")
+    own = [spec for spec in specs(options) if of_texts(spec)]
+    if texts and not own and not _about(options):
+        raise UsageError(f"{texts[0][0]} is asked nothing", "the tasks bring their own documents", "leave it out")
+    if groups and own and not texts:
+        raise UsageError(f"--task {own[0]} needs a text", "a snapshot's document cannot be changed", "name the text")
     if groups and options["raw"]:
         raise UsageError("--raw with a snapshot", "the snapshot says whether the chat template is used", "leave it out")
     if _about(options) and not texts and not groups:
         raise UsageError("--questions and --continuation are about documents", fix="name them: kvcli eval report.txt")
 
 
-def gather(ui: Ui, found: Given, options: Options) -> "list[Work]":
-    """Every document of every task, ready to be read."""
+def gather(ui: Ui, found: Inputs, grid: "Grid", options: Options) -> "list[Work]":
+    """Every document of every task, ready to be read; UsageError where two would be reported as one."""
     works = on_texts(ui, found.model, specs(options), found.texts, options)
     how = _reading(options)
     for name, text in found.texts:
         works += [_work(ui, found.model, case, how) for case in _asked(name, text, options)]
-    return works + [work for group in found.groups for work in _from_files(ui, found.model, group, how, options)]
+    for group in found.groups:
+        works += _from_files(ui, found.model, group, grid, (how, options))
+    keys = Counter(work.key(name) for work in works for name in work.names(grid))
+    if twice := next((key for key, count in keys.items() if count > 1), None):
+        raise UsageError(f"{twice[0]} would ask {twice[1]} twice under {twice[2]}", fix="leave one of them out")
+    return works
 
 
 def on_texts(
@@ -148,7 +160,7 @@ def _work(ui: Ui, model: "Model", case: "Case", how: "Reading") -> "Work":
     from ..evaluate import Work
     from ..trial import read_text
 
-    return Work(case, partial(read_text, model, case, how, _warner(ui, case)))
+    return Work(case, partial(read_text, model, case, how, _warner(ui, case)), how=how)
 
 
 def _asked(name: str, text: str, options: Options) -> "Iterator[Case]":
@@ -162,25 +174,32 @@ def _asked(name: str, text: str, options: Options) -> "Iterator[Case]":
         yield Case("continuation", name, text, continuation=continuation(options["continuation"]))
 
 
-def _from_files(ui: Ui, model: "Model", group: Sequence[Named], how: "Reading", options: Options) -> "Iterator[Work]":
+def _from_files(
+    ui: Ui, model: "Model", group: Sequence[Named], grid: "Grid", rest: "tuple[Reading, Options]"
+) -> "Iterator[Work]":
     """One document of which there are several snapshots: the full one if there is, and those measured as they are."""
     from ..evaluate import Work
     from ..trial import read_file
 
     name, base = next((each for each in group if not each[1].meta.history), group[0])
-    rest = [(_label(*each), each[1]) for each in group if each[1] is not base or base.meta.history]
+    how, options = rest
+    taken = grid.names()
+    files: list[tuple[Name, Reader]] = []
+    for own, reader in group:
+        if reader is not base or base.meta.history:
+            taken.append(_label(own, reader, taken))
+            files.append((taken[-1], reader))
     for case in _asked(name, "", options):
-        yield Work(case, partial(read_file, model, case, base, how, _warner(ui, case)), rest)
+        yield Work(case, partial(read_file, model, case, base, how, _warner(ui, case)), files, how)
 
 
-def _label(name: str, reader: "Reader") -> "Name":
-    """What the rows of a file are called: the recipes that made it."""
+def _label(name: str, reader: "Reader", taken: "Sequence[Name]") -> "Name":
+    """What the rows of a file are called: the recipes that made it, or its name where others are called so."""
     history = reader.meta.history
-    return (
-        (" > ".join(str(entry["recipe"]) for entry in history), str(history[-1]["budget"]))
-        if history
-        else (name, "100%")
-    )
+    if not history:
+        return name, "100%"
+    recipes, budget = " > ".join(str(entry["recipe"]) for entry in history), str(history[-1]["budget"])
+    return (name if (recipes, budget) in taken else recipes), budget
 
 
 def _warner(ui: Ui, case: "Case") -> Callable[[str], None]:
