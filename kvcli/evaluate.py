@@ -1,5 +1,6 @@
 """Evaluation: each document is read once, compressed by every method before its questions are known, and asked."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from .budget import Budget
-from .errors import KvError, UsageError
+from .errors import KvError, StorageError, UsageError
 from .header import summary
 from .model.extend import aim
 from .model.load import Model
@@ -86,14 +87,27 @@ def lines(unit: Unit) -> Iterator[dict[str, Any]]:
 
 
 def logged(found: Iterable[dict[str, Any]]) -> list[Unit]:
-    """The units in lines of a log; what is left of one that was interrupted is passed over."""
+    """The units in lines of a log; what is left of one that was interrupted is passed over.
+
+    Raises StorageError for lines that no run wrote.
+    """
     units, part = list[Unit](), list[dict[str, Any]]()
-    for line in found:
-        part = [*(part if line["sample"] else []), line]
-        if len(part) == line["of"]:
-            samples = [{name: line[name] for name in line if name not in META} for line in part]
+    try:
+        for line in found:
             task, document, method, budget = (str(line[name]) for name in KEY)
-            units.append(Unit((task, document, method, budget), samples, line["bytes"], line["keep"]))
+            part = [*(part if line["sample"] else []), line]
+            if any([one[name] for name in KEY] != [line[name] for name in KEY] for one in part):
+                raise ValueError("samples of two units are mixed")
+            if len(part) == line["of"]:
+                samples = [{name: one[name] for name in one if name not in META} for one in part]
+                finite = all(math.isfinite(x) for one in samples for values in one["values"].values() for x in values)
+                if not finite or not all(values for one in samples for values in one["values"].values()):
+                    raise ValueError("a value is no number")
+                units.append(Unit((task, document, method, budget), samples, line["bytes"], line["keep"]))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
+        raise StorageError(
+            "the log was changed", f"{type(cause).__name__}: {cause}", "name another, or delete it"
+        ) from cause
     return units
 
 

@@ -1,5 +1,6 @@
 """Rows of JSON in a file, a line each as it is finished: what a run that was killed goes on from; knows no tensors."""
 
+import fcntl
 import json
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +32,14 @@ class Ledger:
         self.rows = [self._row(text, number) for number, text in enumerate(data[:whole].splitlines(), 1)]
         self._check_start(data[whole:], len(self.rows) + 1)
         with blaming("write", path):
-            self._file = path.open("wb" if force else "ab")
-            if whole < len(data):
+            self._file = path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as cause:
+            self._file.close()
+            raise StorageError(f"{shown(path)} is in use by another run", fix="wait for it, or name another") from cause
+        with blaming("write", path):
+            if whole < len(data) or force:
                 self._file.truncate(whole)
 
     def put(self, *rows: Row) -> None:

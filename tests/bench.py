@@ -1,7 +1,7 @@
 """make bench: tables of `kvcli eval` and ratios of speed, as rows of samples/bench.jsonl and as text.
 
-`make bench WHAT=kvmerger` measures one kind alone: quality, instrument, kinds (of facts), known (the question), kvmerger (its
-variants beside H2O and SnapKV) or ratio.
+`make bench WHAT=kvmerger` measures one kind alone: quality, instrument, kinds (of facts), known (the question),
+kvmerger (its variants beside H2O and SnapKV) or ratio.
 """
 
 import json

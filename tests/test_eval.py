@@ -92,6 +92,7 @@ def test_a_file_of_results(desk: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("hit", 2, "METRIC=VALUE"),
         ("hits=1", 2, "no task has this metric"),
         ("kl=1", 2, "less is better"),
+        ("top1=nan", 2, "METRIC=VALUE"),
     ],
 )
 def test_gates(desk: Path, capsys: pytest.CaptureFixture[str], gate: str, code: int, says: str) -> None:
@@ -230,3 +231,22 @@ def test_control_characters_stay_text_and_out_of_the_terminal(desk: Path, capsys
     assert run(["eval", "a.txt", "-t", "ppl", "--questions", "q\x1b.jsonl", "-m", "random"]) == 0
     told = capsys.readouterr()
     assert "\x1b" not in told.out + told.err and "\x07" not in told.out + told.err
+
+
+@pytest.mark.parametrize("change", [{"values": {"hit": [float("nan")]}}, {"values": 1}, {"values": {"hit": []}}])
+def test_a_log_changed_by_hand_is_refused(
+    desk: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    args = ["a.txt", "--questions", "q.jsonl", "-m", "random", "-n", "2", "--log", "log.jsonl"]
+    result(capsys, *args)
+    lines = (desk / "log.jsonl").read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | change)
+    (desk / "log.jsonl").write_text("\n".join(lines) + "\n")
+    assert run(["eval", *args]) == 3 and "the log was changed" in capsys.readouterr().err
+
+
+def test_brackets_in_names_are_text(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (desk / "q[").mkdir()
+    (desk / "q[" / "b].jsonl").write_text((desk / "qa.jsonl").read_text())
+    assert run(["eval", "-t", "qa:q[/b].jsonl", "-m", "random"]) == 0
+    assert "qa:q[/b].jsonl" in capsys.readouterr().out

@@ -85,3 +85,12 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
         Ledger(tmp_path / "none" / "rows", "rows/1")
     with pytest.raises(StorageError, match="cannot write"):
         Ledger(tmp_path, "rows/1")
+
+
+def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "rows", "rows/1") as ledger:
+        ledger.put(ROWS[0])
+        for force in (False, True):
+            with pytest.raises(StorageError, match="in use"):
+                Ledger(tmp_path / "rows", "rows/1", force=force)
+    assert written(tmp_path / "rows", []) == ROWS[:1]

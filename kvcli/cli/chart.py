@@ -72,7 +72,7 @@ def _table(rows: "Sequence[Row]", columns: Sequence[Column]) -> "Table":
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold")
     for column in columns:
-        table.add_column(column.title, justify="right", no_wrap=True)
+        table.add_column(Text(clean(column.title)), justify="right", no_wrap=True)
         if column.bar:
             table.add_column("", width=BAR)
     for row in rows:

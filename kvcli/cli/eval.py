@@ -75,9 +75,7 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
       kvcli eval full.kv.safetensors --questions q.jsonl -m snapkv -b 35% --log answers.jsonl
     """
     ui = current()
-    if ui.as_json and options["markdown"]:
-        raise UsageError("--json and --markdown exclude each other", fix="give one of them")
-    gates = dict(map(_gate, options["fail_under"]))
+    gates = _gates(ui, options)
     output = _output(options["output"], options["force"])
     with ui.phases() as phase:
         phase("loading torch and transformers")
@@ -101,12 +99,12 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
 
 
 def _hand_out(ui: Ui, facts: dict[str, Any], output: Path | None, options: Options) -> None:
-    """To the file, and to stdout as JSON or tables."""
-    if output:
-        streams.write_text(output, json.dumps({"schema": SCHEMA, **facts}, indent=1) + "\n", options["force"])
+    """To stdout as JSON or tables, and then to the file, which may fail."""
     ui.result(SCHEMA, facts)
     if not ui.as_json:
         print_tables(facts["rows"], options["markdown"])
+    if output:
+        streams.write_text(output, json.dumps({"schema": SCHEMA, **facts}, indent=1) + "\n", options["force"])
 
 
 def _output(name: str | None, force: bool) -> Path | None:
@@ -119,12 +117,27 @@ def _output(name: str | None, force: bool) -> Path | None:
     return target
 
 
+def _gates(ui: Ui, options: Options) -> dict[str, float]:
+    """By metric what no method may stay below; UsageError for options that do not go together."""
+    if ui.as_json and options["markdown"]:
+        raise UsageError("--json and --markdown exclude each other", fix="give one of them")
+    if options["output"] and options["output"] == options["log"]:
+        raise UsageError("-o and --log name the same file", fix="name two")
+    gates = dict(map(_gate, options["fail_under"]))
+    if len(gates) < len(options["fail_under"]):
+        raise UsageError("--fail-under names a metric twice", fix="give it once")
+    return gates
+
+
 def _gate(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return name, float(value)
-    except ValueError as cause:
-        raise UsageError(f"--fail-under {text!r}", fix="write METRIC=VALUE, such as hit=0.8") from cause
+        least = float(value)
+    except ValueError:
+        least = math.nan
+    if math.isnan(least):
+        raise UsageError(f"--fail-under {text!r}", fix="write METRIC=VALUE, such as hit=0.8")
+    return name, least
 
 
 def _check_gates(gates: Mapping[str, float], works: "Sequence[Work]") -> None:

@@ -51,12 +51,12 @@ def _plain(title: str, cells: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(cells[0]):
-        table.add_column(name, justify="right" if i > 1 else "left", no_wrap=True)
+        table.add_column(Text(name), justify="right" if i > 1 else "left", no_wrap=True)
     for line in cells[1:]:
         table.add_row(*(Text(cell, "dim" if line[0] in ("full", "none") else "") for cell in line))
-    # Elsewhere than on a terminal a line is as long as it needs to be.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 1000, highlight=False)
+    # A number that is cut off is none: a narrow terminal wraps lines by itself.
+    console = Console(file=sys.stdout, width=1000, highlight=False)
     console.print(table)
     console.print()

@@ -44,6 +44,8 @@ def cases(path: str, setting: Setting) -> list[Case]:
     for where, row in rows(path):
         key = text_of(row, "id", where)
         if key in found:
+            if not text_of(row, "input", where).startswith(found[key].text):
+                raise FormatError(f'{where}: the "input" of {key!a} is another one than before')
             (question,) = found[key].questions
             more = replace(question, answer=question.answer + _answers(task, row, where))
             found[key] = replace(found[key], questions=(more,))
