@@ -140,7 +140,10 @@ def prefill(
     if chunk < 1:
         raise UsageError(f"chunk={chunk}: read at least one token at a time")
     start = onto.meta.seq.next_pos if onto else 0
-    ids, seq = _encoded(document, model, raw, onto is not None, warn)
+    if isinstance(document, str):
+        ids, seq = texts.encoded(model.tokenizer, document, warn, raw=raw, appended=onto is not None)
+    else:
+        ids, seq = listed(document, model), (0, "\n", False)
     if truncate:
         ids = _cut(ids, model, texts.readable(model.config) - start, seq[0], warn)
     if onto:
@@ -195,22 +198,6 @@ def from_cache(cache: Any, ids: Sequence[int] | Tensor, model: Model, *, chat: b
     if given[: len(lead)] != lead:
         raise UsageError("the ids do not begin as the model's chat template does", fix="leave chat=True out")
     return _in_memory(adopt(cache, given, model, (len(lead), tail, True)))
-
-
-def _encoded(
-    document: str | Sequence[int] | Tensor, model: Model, raw: bool, appended: bool, warn: Warn
-) -> tuple[list[int], tuple[int, str, bool]]:
-    if not isinstance(document, str):
-        return listed(document, model), (0, "\n", False)
-    tokenizer, lead, tail = model.tokenizer, 0, "\n"
-    chat = not raw and bool(tokenizer.chat_template)
-    if appended:
-        ids = texts.appended_ids(tokenizer, document)
-    else:
-        ids, lead, tail = texts.document_ids(tokenizer, document, chat)
-    if missing := texts.lost(tokenizer, document, ids[lead:]):
-        warn(missing)
-    return ids, (lead, tail, chat)
 
 
 def _cut(ids: list[int], model: Model, room: int, lead: int, warn: Warn) -> list[int]:

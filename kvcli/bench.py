@@ -45,6 +45,7 @@ class Bench:
     folder: Path
     runs: int = 3
     seed: int = 0
+    raw: bool = False  # texts, of documents and of tasks, are read without the model's chat template
     works: Mapping[str, Sequence[Work]] = field(default_factory=dict)  # by document, what the tasks on it measure
 
     @property
@@ -59,7 +60,7 @@ class Bench:
     def _about_all(self) -> Facts:
         who = self.model.identity
         model = {"model": self.model.id, "weights": who["weights"], "dtype": who["dtype"]}
-        return {**model, "seed": self.seed, "runs": self.runs, **stamp(self.model.device)}
+        return {**model, "seed": self.seed, "runs": self.runs, "raw": self.raw, **stamp(self.model.device)}
 
     def check(self, document: Document) -> None:
         """Raise InfeasibleError where the model's context has no room for the question."""
@@ -79,7 +80,7 @@ class Bench:
         for document in documents:
             plan = [self._about(document, cell) for cell in (None, *self.cells)]
             old = [done.get(_identity(about)) for about in plan]
-            if old[0] is not None and not _whole(old[0]):  # the document cannot be read, now as then
+            if old[0] is not None and not _has_numbers(old[0]):  # the document cannot be read, now as then
                 yield {**old[0], "document": document.name}, False
                 continue
             try:
@@ -230,11 +231,11 @@ def _lasts(row: Row) -> bool:
     """Whether a row holds numbers, or an error that would come again."""
     if isinstance(error := row.get("error"), dict):
         return error.get("code") not in PASSING
-    return _whole(row)
+    return _has_numbers(row)
 
 
-def _whole(row: Row) -> bool:
+def _has_numbers(row: Row) -> bool:
     return {*SIZES, "tokens_per_second"} <= row.keys()
 
 
-IDENTITY = ("ids_hash", "snapshot", "tasks", "weights", "dtype", "method", "budget", "seed", "runs", *STAMP)
+IDENTITY = ("ids_hash", "snapshot", "tasks", "weights", "dtype", "method", "budget", "seed", "runs", "raw", *STAMP)

@@ -12,7 +12,7 @@ from .layers import ids_hash
 from .model.load import Model, load
 from .model.observe import prefill
 from .model.resume import check_model, model_for
-from .model.text import document_ids, lost
+from .model.text import encoded
 from .storage import Reader, write_snapshot
 
 Given = tuple[str, str | Path]  # its name; its text, or the file of its snapshot
@@ -70,17 +70,14 @@ def _snapshot(name: str, path: Path, model: Model, warn: Warn) -> Document:
 
 
 def _text(name: str, text: str, model: Model, raw: bool, warn: Warn) -> Document:
-    chat = not raw and bool(model.tokenizer.chat_template)
-    ids, lead, tail = document_ids(model.tokenizer, text, chat)
-    if missing := lost(model.tokenizer, text, ids[lead:]):
-        warn(missing)
+    ids, seq = encoded(model.tokenizer, text, warn, raw=raw)
 
     def full(folder: Path) -> Path:
         path = folder / "full.kv.safetensors"
-        write_snapshot(prefill(model, ids, (lead, tail, chat)), path, force=True)
+        write_snapshot(prefill(model, ids, seq), path, force=True)
         return path
 
-    return Document(name, len(ids), ids_hash(torch.tensor(ids, dtype=torch.int32)), "", tail, full)
+    return Document(name, len(ids), ids_hash(torch.tensor(ids, dtype=torch.int32)), "", seq[1], full)
 
 
 @contextmanager

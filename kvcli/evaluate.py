@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from tempfile import TemporaryFile
 from typing import Any
@@ -22,7 +22,7 @@ from .recipe import Cell, Recipe
 from .snapshot import Snapshot
 from .storage import Reader
 from .tasks.task import Case
-from .trial import Exam, Reading, Trial, judged, nothing
+from .trial import Exam, Trial, judged, nothing
 
 FULL, NONE = ("full", "100%"), ("none", "0%")
 KEY = ("task", "document", "method", "budget")
@@ -51,7 +51,6 @@ class Work:
     case: Case
     read: Callable[[], Exam]
     files: Sequence[tuple[Name, Reader]] = ()
-    how: Reading | None = None
 
     def key(self, name: Name) -> Key:
         return (self.case.task, self.case.name, *name)
@@ -73,10 +72,9 @@ class Unit:
 
 
 def digest(works: Sequence[Work]) -> str:
-    """A hash of all that is read and asked."""
-    return xxh3_128_hexdigest(
-        repr([(work.case, [reader.digest for _, reader in work.files]) for work in works]).encode()
-    )
+    """A hash of all that is read and asked, whatever the documents are called."""
+    every = [(replace(work.case, name=""), [reader.digest for _, reader in work.files]) for work in works]
+    return xxh3_128_hexdigest(repr(every).encode())
 
 
 def lines(unit: Unit) -> Iterator[dict[str, Any]]:

@@ -61,13 +61,10 @@ def read_text(model: Model, case: Case, how: Reading, warn: Warn) -> Exam:
 
     Raises UsageError for an empty or too short text, InfeasibleError for one that is longer than the model reads.
     """
-    chat = not (how.raw or case.raw) and bool(model.tokenizer.chat_template)
-    ids, lead, tail = texts.document_ids(model.tokenizer, case.text, chat)
-    if missing := texts.lost(model.tokenizer, case.text, ids[lead:]):
-        warn(missing)
-    ids = _fitted(model, case, ids, (lead, tail), how, warn)
-    ids, behind = _held_out(case, ids, lead)
-    snapshot = prefill(model, ids, (lead, tail, chat))
+    ids, seq = texts.encoded(model.tokenizer, case.text, warn, raw=how.raw or case.raw)
+    ids = _fitted(model, case, ids, seq[:2], how, warn)
+    ids, behind = _held_out(case, ids, seq[0])
+    snapshot = prefill(model, ids, seq)
     return _exam(model, case, snapshot, behind, how)
 
 

@@ -165,7 +165,7 @@ def merged(sides: dict[str, dict[tuple[str, float], Any]], budgets: Sequence[flo
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", help="python of an environment with kvpress")
-    parser.add_argument("--texts", type=int, default=20)
+    parser.add_argument("--texts", type=int, default=10)
     parser.add_argument("--facts", type=int, default=6, help="hidden in each text")
     parser.add_argument("--tokens", type=int, default=1000, help="of each text")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.35, 0.10])

@@ -330,3 +330,13 @@ def test_what_tasks_find_is_in_the_rows(
     assert len((tmp_path / "rows").read_text().splitlines()) == 4  # with other tasks a row is another one
     assert run(["bench", "full", "-t", "needle"]) == 2
     assert "cannot be changed" in capsys.readouterr().err
+
+
+def test_tasks_of_a_snapshot_read_in_another_way_are_other_rows(
+    folder: Path, calls: list[list[str]], tmp_path: Path
+) -> None:
+    asked = {"prompt": "When?", "answer": "six"}
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"context": TEXT, "questions": [asked]}) + "\n")
+    args = ["bench", "full", "-t", f"qa:{tmp_path}/qa.jsonl", *"-m raw --runs 1 -o".split(), str(tmp_path / "rows")]
+    assert run(args) == 0 and run([*args, "--raw"]) == 0 and run(args) == 0
+    assert [row["raw"] for row in kept(tmp_path / "rows")] == [False, False, True, True]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from kvcli.errors import InfeasibleError, MismatchError, UsageError
-from kvcli.evaluate import FULL, NONE, Grid, Unit, Work, evaluate, lines, logged
+from kvcli.evaluate import FULL, NONE, Grid, Unit, Work, digest, evaluate, lines, logged
 from kvcli.model.load import Model
 from kvcli.model.text import document_ids
 from kvcli.recipe import grid
@@ -165,3 +166,11 @@ def test_an_empty_prompt_lets_plain_text_go_on(model: Model) -> None:
     case = Case("q", "d", TEXT, (Question("", "", ("x",), n=3),), raw=True)
     units = measured(model, [case], ["h2o"], ["50%"])
     assert not any(unit.error for unit in units) and len(values(units, FULL)) == 1
+
+
+def test_a_digest_is_of_what_is_asked_and_not_of_names() -> None:
+    def of(case: Case) -> str:
+        return digest([Work(case, lambda: 1 / 0)])  # type: ignore[arg-type,return-value]
+
+    assert of(replace(QUESTIONS, name="e")) == of(QUESTIONS)
+    assert len({of(QUESTIONS), of(HELD_OUT), of(replace(QUESTIONS, questions=ASKED[:1]))}) == 3

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from . import streams
 from .documents import documents
 from .inputs import of_texts, on_texts, tasks_of
-from .ui import Ui, complain, complete_after, current, model_options, output_options, size
+from .ui import Ui, complain, current, grid_options, model_options, output_options, size
 
 if TYPE_CHECKING:
     from ..bench import Bench
@@ -27,27 +27,13 @@ METHODS, BUDGETS = "snapkv+adakv,keydiff,kvmerger", "50%,20%"
 
 @click.command("bench", short_help="Measure recipes and budgets on documents.")
 @click.argument("docs", nargs=-1, metavar="[DOC|SNAP|-]...")
-@click.option(
-    "-m",
-    "--method",
-    multiple=True,
-    shell_complete=complete_after("+,"),
-    metavar="RECIPE,...",
-    help=f"What is compared [{METHODS}].",
-)
-@click.option(
-    "-b", "--budget", multiple=True, metavar="SIZE,...", help=f"To what size, as compress has it [{BUDGETS}]."
-)
+@grid_options(METHODS, BUDGETS)
 @click.option(
     "-o", "--output", metavar="FILE.jsonl|-", help="A line of JSON a row; what FILE has already is not measured again."
 )
 @click.option("-f", "--force", is_flag=True, help="Begin FILE anew, whatever it holds.")
 @click.option("-t", "--task", multiple=True, metavar="TASK,...", help="Also what these tasks of eval find.")
-@click.option("--raw", is_flag=True, help="Read texts as they are, without the model's chat template.")
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Times are medians of so many.")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="For methods that draw by lot."
-)
 @model_options
 @output_options
 def command(docs: tuple[str, ...], method: tuple[str, ...], budget: tuple[str, ...], **options: Any) -> None:
@@ -100,7 +86,7 @@ def _ready(
         how = {name: options[name] for name in ("device", "dtype")}
         model = model_of(given, options["model"], **how, tick=phase)
         works = dict(_works(ui, model, given, options))
-        bench = Bench(model, cells, folder, options["runs"], options["seed"], works)
+        bench = Bench(model, cells, folder, options["runs"], options["seed"], options["raw"], works)
         documents = [open_document(each, model, raw=options["raw"], warn=ui.warn) for each in given]
         for document in documents:
             bench.check(document)
@@ -162,8 +148,7 @@ def _show(ui: Ui, rows: "Sequence[Row]", bench: "Bench", options: dict[str, Any]
     if ui.as_json:
         from ..bench import SCHEMA
 
-        config = {"raw": options["raw"], **bench.config}
-        ui.result(SCHEMA, {"config": config, "rows": rows})
+        ui.result(SCHEMA, {"config": bench.config, "rows": rows})
     elif _is_table(ui, options["output"]):
         from rich.console import Console
 

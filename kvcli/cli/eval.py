@@ -13,7 +13,7 @@ from ..errors import GateError, UsageError
 from . import streams
 from .inputs import Options, gather, given
 from .tables import print_tables
-from .ui import Ui, complain, complete_after, current, model_options, output_options
+from .ui import Ui, complain, current, grid_options, model_options, output_options
 
 if TYPE_CHECKING:
     from ..evaluate import Grid, Key, Unit, Work
@@ -28,25 +28,13 @@ METHODS, BUDGETS = "random,streamingllm,keydiff,snapkv,snapkv+adakv,h2o,kvmerger
 @click.command("eval", short_help="Measure what methods lose on a document or a benchmark.")
 @click.argument("docs", nargs=-1, metavar="[DOC|SNAP|-]...")
 @click.option("-t", "--task", multiple=True, metavar="TASK,...", help="What is asked [needle,ppl].")
-@click.option(
-    "-m",
-    "--method",
-    multiple=True,
-    shell_complete=complete_after("+,"),
-    metavar="RECIPE,...",
-    help=f"What is compared [{METHODS}].",
-)
-@click.option(
-    "-b", "--budget", multiple=True, metavar="SIZE,...", help=f"To what size, as compress has it [{BUDGETS}]."
-)
+@grid_options(METHODS, BUDGETS)
 @click.option("--questions", metavar="FILE.jsonl", help='About each DOC: {"prompt", "prefix"?, "answer"} a line.')
 @click.option("--continuation", metavar="FILE", help="How expected is this text behind each DOC?")
 @click.option("--known", is_flag=True, help="Compress for each question anew, with the question known.")
-@click.option("--raw", is_flag=True, help="Read texts as they are, without the model's chat template.")
 @click.option("--truncate", is_flag=True, help="Cut a document that is too long.")
 @click.option("-n", "--tokens", type=click.IntRange(1), help="Most tokens an answer [as the task says].")
 @click.option("--limit", type=click.IntRange(1), help="Most documents a task.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of tasks and methods.")
 @click.option("-o", "--output", metavar="FILE.json", help="Write what --json shows to a file.")
 @click.option("--log", metavar="FILE.jsonl", help="Every answer, a line each; an interrupted run goes on from it.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite existing files.")

@@ -160,7 +160,7 @@ def _work(ui: Ui, model: "Model", case: "Case", how: "Reading") -> "Work":
     from ..evaluate import Work
     from ..trial import read_text
 
-    return Work(case, partial(read_text, model, case, how, _warner(ui, case)), how=how)
+    return Work(case, partial(read_text, model, case, how, _warner(ui, case)))
 
 
 def _asked(name: str, text: str, options: Options) -> "Iterator[Case]":
@@ -190,7 +190,7 @@ def _from_files(
             taken.append(_label(own, reader, taken))
             files.append((taken[-1], reader))
     for case in _asked(name, "", options):
-        yield Work(case, partial(read_file, model, case, base, how, _warner(ui, case)), files, how)
+        yield Work(case, partial(read_file, model, case, base, how, _warner(ui, case)), files)
 
 
 def _label(name: str, reader: "Reader", taken: "Sequence[Name]") -> "Name":

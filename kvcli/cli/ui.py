@@ -110,6 +110,25 @@ def model_options(command: F) -> F:
     return command
 
 
+def grid_options(methods: str, budgets: str) -> Callable[[F], F]:
+    """--method, --budget, --raw and --seed of commands that compare; what is compared where nothing is asked for."""
+    about: dict[str, Any] = {"help": f"What is compared [{methods}].", "shell_complete": complete_after("+,")}
+    sizes = f"To what size, as compress has it [{budgets}]."
+    seeds: dict[str, Any] = {"type": click.IntRange(0, 2**31 - 1), "default": 0, "show_default": True}
+
+    def add(command: F) -> F:
+        for option in (
+            click.option("--seed", **seeds, help="For tasks, and methods that draw by lot."),
+            click.option("--raw", is_flag=True, help="Read texts as they are, without the model's chat template."),
+            click.option("-b", "--budget", multiple=True, metavar="SIZE,...", help=sizes),
+            click.option("-m", "--method", multiple=True, metavar="RECIPE,...", **about),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
 def complete_after(marks: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     """Completes the name of a method, behind any of these marks."""
 

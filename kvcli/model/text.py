@@ -1,6 +1,6 @@
 """Text to token ids: template, document and question are each encoded once, on their own, and their ids joined."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -82,6 +82,23 @@ def lost(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
     which = f" ({' '.join(missing[:8])}{' ...' * (len(missing) > 8)})" if missing else ""
     instead = f"unknown tokens, {count} in all, stand in its place" if count else "the model does not see it"
     return f"the tokenizer has no token for some of the text{which}: {instead}"
+
+
+def encoded(
+    tokenizer: Any, text: str, warn: Callable[[str], None], *, raw: bool = False, appended: bool = False
+) -> tuple[list[int], tuple[int, str, bool]]:
+    """Ids of a document and the `seq` that `observe.prefill` takes; `warn` is told what the model will not see.
+
+    raw: without the chat template. appended: behind what was read before, so that nothing opens it.
+    """
+    lead, tail, chat = 0, "\n", not raw and bool(tokenizer.chat_template)
+    if appended:
+        ids = appended_ids(tokenizer, text)
+    else:
+        ids, lead, tail = document_ids(tokenizer, text, chat)
+    if missing := lost(tokenizer, text, ids[lead:]):
+        warn(missing)
+    return ids, (lead, tail, chat)
 
 
 def truncate(tokenizer: Any, ids: Sequence[int], room: int, lead: int) -> tuple[list[int], list[int]]:
