@@ -43,11 +43,18 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     return (random((case["H"], case["T"], case["D"]), dtype, generator).cumsum(1),)
 
 
+def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
+    H, T, D = (case[name] for name in "HTD")
+    return H * T * D * itemsize + 4 * H * (T - 1), 4 * H * T * D
+
+
 adjacent_cosine = Op(
     name="adjacent_cosine",
     ref=adjacent_cosine_ref,
     cpu=adjacent_cosine_cpu,
     inputs=_inputs,
+    usual={"H": 8, "T": 32768, "D": 128},
+    cost=_cost,
     cases=(
         {"H": 1, "T": 1, "D": 8},
         {"H": 3, "T": 2, "D": 63},

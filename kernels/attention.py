@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dense import dense_attention_cpu, dense_attention_ref, flash
+from .dense import attention_cost, dense_attention_cpu, dense_attention_ref, flash
 from .op import Fn, Op, random
 
 BLOCK = 64  # queries at once in the reference
@@ -95,13 +95,31 @@ def _ints(lens: Sequence[int] | Tensor) -> list[int]:
 
 
 def _ragged_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    lens, G, M, D = case["lens"], case["G"], case["M"], case["D"]
+    lens, G, M, D = _lens(case), case["G"], case["M"], case["D"]
     generator = torch.Generator().manual_seed(seed)
     q = random((M, len(lens) * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
     k = random((sum(lens), D), dtype, generator)
     v = random((sum(lens), case.get("Dv", D)), dtype, generator)
     bias = random((sum(lens),), torch.float32, generator) if case["bias"] else None
     return q, k, v, lens, bias, D**-0.5
+
+
+def _lens(case: Mapping[str, Any]) -> list[int]:
+    """As given, or H of them from T / 2 to 3 T / 2."""
+    if "lens" in case:
+        return list(case["lens"])
+    H, T = case["H"], case["T"]
+    return [T // 2 + T * h // max(H - 1, 1) for h in range(H)]
+
+
+def _ragged_cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
+    entries = sum(_lens(case))
+    return attention_cost(case, itemsize, entries, entries * case["G"] * case["M"])
+
+
+def _causal_cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
+    H, G, M = case["H"], case["G"], case["M"]
+    return attention_cost(case, itemsize, H * M, H * G * M * (M + 1) // 2)
 
 
 def _causal_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
@@ -117,6 +135,9 @@ ragged_attention = Op(
     ref=ragged_attention_ref,
     cpu=ragged_attention_cpu,
     inputs=_ragged_inputs,
+    usual={"H": 8, "G": 4, "M": 1, "T": 32768, "D": 128, "bias": True},
+    variants=({}, {"bias": False}),
+    cost=_ragged_cost,
     cases=(
         {"lens": [1], "G": 1, "M": 1, "D": 16, "bias": False},
         {"lens": [129, 129, 129], "G": 3, "M": 1, "D": 64, "bias": True},
@@ -132,6 +153,8 @@ causal_attention = Op(
     ref=causal_attention_ref,
     cpu=causal_attention_cpu,
     inputs=_causal_inputs,
+    usual={"H": 8, "G": 4, "M": 1024, "D": 128},
+    cost=_causal_cost,
     cases=(
         {"H": 1, "G": 1, "M": 1, "D": 16},
         {"H": 3, "G": 3, "M": 2, "D": 64},

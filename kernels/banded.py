@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dense import flash
+from .dense import attention_cost, flash
 from .op import Op, random
 
 BLOCK, WIDE = 64, 256  # queries at once in the reference, and in a flash call
@@ -130,12 +130,31 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     return q, q_pos, k, v, pos, D**-0.5, bias, case["window"], case["softcap"]
 
 
+def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
+    H, G, M, T = (case[name] for name in "HGMT")
+    moved, flops = attention_cost(case, itemsize, H * T, H * G * M * min(T, case["window"] or T))
+    return moved + 8 * M + 4 * T, flops
+
+
 banded_attention = Op(
     name="banded_attention",
     ref=banded_attention_ref,
     cpu=banded_attention_sliced,
     fused=banded_attention_sliced,
     inputs=_inputs,
+    usual={
+        "H": 8,
+        "G": 4,
+        "M": 1024,
+        "T": 32768,
+        "D": 128,
+        "bias": False,
+        "first": 65536,
+        "window": None,
+        "softcap": 50.0,
+    },
+    variants=({}, {"bias": True}, {"window": 4096, "softcap": None}),
+    cost=_cost,
     cases=(
         {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False, "first": 3, "window": None, "softcap": None},
         {"H": 3, "G": 3, "M": 1, "T": 129, "D": 64, "bias": True, "first": 258, "window": 63, "softcap": None},

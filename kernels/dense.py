@@ -59,11 +59,29 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     return q, k, v, bias, D**-0.5
 
 
+def attention_cost(
+    case: Mapping[str, Any], itemsize: int, entries: int, pairs: int
+) -> tuple[int, int]:  # entries of all heads, and how many pairs of a query and an entry meet
+    """Bytes and flops of attention: queries, outputs and LSE; keys, values and biases."""
+    D, Dv = case["D"], case.get("Dv", case["D"])
+    queries = case["G"] * case["M"] * (case.get("H") or len(case["lens"]))
+    moved = queries * ((D + Dv) * itemsize + 4) + entries * ((D + Dv) * itemsize + (4 if case.get("bias") else 0))
+    return moved, 2 * pairs * (D + Dv)
+
+
+def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
+    entries = case["H"] * case["T"]
+    return attention_cost(case, itemsize, entries, entries * case["G"] * case["M"])
+
+
 dense_attention = Op(
     name="dense_attention",
     ref=dense_attention_ref,
     cpu=dense_attention_cpu,
     inputs=_inputs,
+    usual={"H": 8, "G": 4, "M": 1024, "T": 32768, "D": 128, "bias": False},
+    variants=({}, {"bias": True}),
+    cost=_cost,
     cases=(
         {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False},
         {"H": 3, "G": 3, "M": 1, "T": 129, "D": 64, "bias": True},

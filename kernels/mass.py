@@ -85,9 +85,17 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     generator = torch.Generator().manual_seed(seed)
     q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
     k = random((H, T, D), dtype, generator)
-    logit = q.float() @ k.float().repeat_interleave(G, 0).mT * D**-0.5
-    lse = torch.cat([logit, torch.ones(H * G, M, 1)], -1).logsumexp(-1)
+    more = torch.ones(M, 1)  # one more logit, so that a query's masses do not add up to 1
+    rows = zip(q.float(), k.float().mT.repeat_interleave(G, 0), strict=True)
+    lse = torch.stack([torch.cat([one @ keys * D**-0.5, more], -1).logsumexp(-1) for one, keys in rows])
     return q, k, lse, D**-0.5, "M" not in case, case.get("softcap")
+
+
+def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
+    H, G, T, D = (case[name] for name in "HGTD")
+    M = case.get("M", T)
+    pairs = M * T if "M" in case else T * (T + 1) // 2
+    return H * (G * M * (D * itemsize + 4) + T * (D * itemsize + 4)), 2 * H * G * pairs * D
 
 
 attention_mass = Op(
@@ -95,6 +103,9 @@ attention_mass = Op(
     ref=attention_mass_ref,
     cpu=attention_mass_cpu,
     inputs=_inputs,
+    usual={"H": 8, "G": 4, "T": 32768, "D": 128, "M": 1024},
+    variants=({}, {"softcap": 30.0}),
+    cost=_cost,
     cases=(
         {"H": 1, "G": 1, "T": 1, "D": 16},
         {"H": 2, "G": 3, "T": 65, "D": 64},

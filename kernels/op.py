@@ -17,12 +17,18 @@ class Op:
 
     inputs: (case, dtype, seed) -> the arguments; used by tests and benchmarks.
     cases: sizes to try, at least one of them odd.
+    usual: the case of tables and benchmarks: one layer of 8 heads of size D with T entries.
+    variants: what changes in `usual` make another kernel of it.
+    cost: (case, bytes of a number) -> bytes it has to move, each input read once and each output written; flops.
     """
 
     name: str
     ref: Fn
     inputs: Callable[..., tuple[Any, ...]]
     cases: Sequence[Mapping[str, Any]]
+    usual: Mapping[str, Any]
+    cost: Callable[[Mapping[str, Any], int], tuple[int, int]]
+    variants: Sequence[Mapping[str, Any]] = ({},)
     cpu: Fn | None = None
     fused: Fn | None = None
 

@@ -135,12 +135,20 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     return k, v, mass, start
 
 
+def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
+    H, T, row = case["H"], case["T"], (case["D"] + case["Dv"]) * itemsize
+    runs = round(H * T * case["share"])  # expected
+    return H * T * (row + 5) + runs * (row + 16) + 8 * H, 8 * H * T * case["D"]
+
+
 merge_runs = Op(
     name="merge_runs",
     ref=merge_runs_ref,
     cpu=merge_runs_flat,
     fused=merge_runs_flat,
     inputs=_inputs,
+    usual={"H": 8, "T": 32768, "D": 128, "Dv": 128, "share": 0.35},
+    cost=_cost,
     cases=(
         {"H": 1, "T": 1, "D": 8, "Dv": 8, "share": 1.0},
         {"H": 3, "T": 2, "D": 16, "Dv": 8, "share": 0.0},

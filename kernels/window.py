@@ -9,20 +9,15 @@ of entries walks all G * W queries and stores once: entries are read twice, noth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .banded import capped
+from .launch import Kernel, tl, triton
 from .op import Op, random
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None  # no wheel for this system: ref and cpu remain
 
 BLOCK = 64  # queries at once in the reference
 LOGITS = 1 << 24  # numbers at once in the CPU twin
@@ -55,11 +50,7 @@ def _with_sink(lse: Tensor, sink_logit: Tensor | None) -> Tensor:
     return lse if sink_logit is None else torch.logaddexp(lse, sink_logit.float())
 
 
-def _triton_jit(kernel: Callable[..., Any]) -> Any:
-    return triton.jit(kernel) if triton else kernel
-
-
-@_triton_jit
+@Kernel
 def _slice_lse(  # type: ignore[no-untyped-def]
     q, q_pos, k, pos, bias, lse,
     scale, softcap, G, W, T,
@@ -106,7 +97,7 @@ def _slice_lse(  # type: ignore[no-untyped-def]
     tl.store(lse + (i_h * S + i_s) * (G * W) + o_r, b_max + tl.log(b_sum), mask=m_r)
 
 
-@_triton_jit
+@Kernel
 def _column_sums(  # type: ignore[no-untyped-def]
     q, q_pos, k, pos, bias, lse, score,
     scale, softcap, G, W, T,
@@ -177,10 +168,8 @@ def _blocks(D: int, itemsize: int) -> dict[str, int]:
     # float32 products run in registers, not tensor cores, where larger tiles would spill
     BD = max(16, triton.next_power_of_2(D))
     BR, BT = (16, 32) if itemsize == 4 or BD > 128 else (64, 64)
-    # the interpreter's 16-bit products are wrong
-    upcast = not isinstance(_column_sums, triton.JITFunction)
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    return {"D": D, "BD": BD, "BR": BR, "BT": BT, "UPCAST": upcast, **options}
+    return {"D": D, "BD": BD, "BR": BR, "BT": BT, **options}
 
 
 def window_scores_cpu(
@@ -228,12 +217,22 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     return q, q_pos, k, pos, bias, D**-0.5, case.get("softcap"), sink_logit
 
 
+def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
+    H, G, W, T, D = (case[name] for name in "HGWTD")
+    per_entry = D * itemsize + 4 + (4 if case["bias"] else 0) + 4  # key, position, bias, score
+    per_head = W * D * itemsize + (4 if case.get("sink") else 0)
+    return H * T * per_entry + H * G * per_head + 8 * W, 4 * H * G * W * T * D
+
+
 window_scores = Op(
     name="window_scores",
     ref=window_scores_ref,
     cpu=window_scores_cpu,
     fused=window_scores_fused if triton else None,
     inputs=_inputs,
+    usual={"H": 8, "G": 4, "W": 32, "T": 32768, "D": 128, "bias": False},
+    variants=({}, {"bias": True}, {"softcap": 30.0, "sink": True}),
+    cost=_cost,
     cases=(
         {"H": 1, "G": 1, "W": 1, "T": 1, "D": 16, "bias": False},
         {"H": 2, "G": 1, "W": 2, "T": 2, "D": 64, "bias": True},

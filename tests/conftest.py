@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,3 +38,23 @@ def model(folder: Path) -> "Model":
     from kvcli.model.load import load
 
     return load(str(folder), dtype="float32")
+
+
+@pytest.fixture
+def fresh_memory_is_nan() -> Iterator[None]:
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton kernels run on the CPU, in Triton's interpreter."""
+    from interpret import interpret
+
+    from kvcli.kernels import launch
+
+    monkeypatch.setattr(launch, "run", interpret)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -23,12 +23,7 @@ CASES = [pytest.param(op, case, id=f"{op.name}-{i}") for op in OPS for i, case i
 GROUPED = ("q", "lse", "sink_logit")  # arguments by query head
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 
 def softmax(logit: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
