@@ -96,14 +96,30 @@ def naive_window_scores(
     return received.unflatten(0, (len(k), -1)).mean(1)
 
 
-def naive_merge_runs(k: Tensor, v: Tensor, mass: Tensor, start: Tensor) -> Results:
+def naive_width(dist: Tensor, norm: float, sigma: str | float) -> float:
+    if sigma == "mean":
+        return max(float(dist.sum()) / max(len(dist) - 1, 1), 1e-6 * norm)
+    if sigma == "rms":
+        return math.sqrt(float((dist**2).sum()) / max(len(dist) - 1, 1))
+    if not isinstance(sigma, str):
+        return sigma
+    width = math.sqrt(0.5)
+    for _ in range(64):
+        width = float(torch.exp(-(dist**2) / (2 * width**2)).sum()) / (math.sqrt(2) * len(dist))
+    return width
+
+
+def naive_merge_runs(
+    k: Tensor, v: Tensor, mass: Tensor, start: Tensor, sigma: str | float, real: Tensor | None
+) -> Results:
     rows = []
     for h in range(len(k)):
-        for i, j in pairwise([*start[h].nonzero().flatten().tolist(), k.shape[1]]):
+        end = k.shape[1] if real is None else int(real[h].sum())
+        for i, j in pairwise([*start[h, :end].nonzero().flatten().tolist(), end]):
             p = max(range(i, j), key=lambda t: (float(mass[h, t]), -t))
             dist = (k[h, i:j] - k[h, p]).norm(dim=-1)
-            sigma = max(float(dist.sum()) / max(j - i - 1, 1), 1e-6 * float(k[h, p].norm()))
-            weight = torch.exp(-(dist**2) / (2 * sigma**2))
+            width = naive_width(dist, float(k[h, p].norm()), sigma)
+            weight = torch.exp(-(dist**2) / (2 * width**2)) if width else torch.ones_like(dist)
             weight /= weight.sum()
             rows.append((weight @ k[h, i:j], weight @ v[h, i:j], torch.tensor(p), torch.tensor(j - i)))
     new_k, new_v, pivot, size = (torch.stack(part) for part in zip(*rows, strict=True))

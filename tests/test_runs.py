@@ -9,10 +9,15 @@ import torch
 from compare import DTYPES, EXACT, check, results
 from torch import Tensor
 
-from kvcli.kernels import runs
+from kvcli.kernels import flat
 from kvcli.kernels.runs import merge_runs
 
-RUNS = [pytest.param(merge_runs.ref, id="ref"), pytest.param(merge_runs, id="cpu")]
+RUNS = [
+    pytest.param(merge_runs.ref, id="ref"),
+    pytest.param(merge_runs.cpu, id="cpu"),
+    pytest.param(merge_runs.fused, id="triton"),
+]
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def merge_one(run: Callable[..., Any], k: Tensor, v: Tensor, pivot: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
@@ -84,7 +89,7 @@ def test_weights_ignore_the_scale_of_keys(run: Callable[..., Any], sigma: str) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("run", RUNS)
 def test_single_entries_are_copied_and_padding_is_not_read(run: Callable[..., Any], dtype: torch.dtype) -> None:
-    k, v, mass, start = merge_runs.inputs({"H": 4, "T": 33, "D": 8, "Dv": 8, "share": 0.6}, dtype, seed=0)
+    k, v, mass, start, *_ = merge_runs.inputs({"H": 4, "T": 33, "D": 8, "Dv": 8, "share": 0.6}, dtype, seed=0)
     k[:, ::3] = -0.0
     v[0, 0, 0] = math.inf
     real = torch.arange(33) < torch.tensor([[33], [20], [0], [1]])
@@ -105,5 +110,5 @@ def test_single_entries_are_copied_and_padding_is_not_read(run: Callable[..., An
 def test_blocks_of_runs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     args = merge_runs.inputs({"H": 3, "T": 129, "D": 16, "Dv": 8, "share": 0.2}, torch.float32, seed=0)
     whole = results(merge_runs, args)
-    monkeypatch.setattr(runs, "BLOCK", 10)
+    monkeypatch.setattr(flat, "BLOCK", 10)
     assert all(map(torch.equal, whole, results(merge_runs, args)))
