@@ -150,7 +150,7 @@ def _rule(sigma: str | float) -> tuple[str, int, float]:
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     H, T = case["H"], case["T"]
     generator = torch.Generator().manual_seed(seed)
-    k, v = random((H, T, case["D"]), dtype, generator), random((H, T, case["Dv"]), dtype, generator)
+    k, v = (random((H, T, size), dtype, generator) for size in (case["D"], case.get("Dv", case["D"])))
     mass = torch.rand(H, T, generator=generator).mul(8).floor()  # with ties
     lens = torch.tensor([T] * H if (given := case.get("lens")) is None else given)
     real = torch.arange(T) < lens[:, None]
@@ -167,7 +167,8 @@ def _runs(case: Mapping[str, Any]) -> list[int]:
 
 
 def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
-    H, T, row, runs = case["H"], case["T"], (case["D"] + case["Dv"]) * itemsize, sum(_runs(case))
+    H, T, runs = case["H"], case["T"], sum(_runs(case))
+    row = (case["D"] + case.get("Dv", case["D"])) * itemsize
     per_entry = row + 4 + 1 + ("lens" in case)  # key and value, mass, start, real
     return H * T * per_entry + runs * (row + 16) + 8 * H, 8 * H * T * case["D"]
 
@@ -178,7 +179,7 @@ merge_runs = Op(
     cpu=merge_runs_flat,
     fused=merge_runs_fused if triton else merge_runs_flat,
     inputs=_inputs,
-    usual={"H": 8, "T": 32768, "D": 128, "Dv": 128, "share": 0.35},
+    usual={"H": 8, "T": 32768, "D": 128, "share": 0.35},
     variants=({}, {"sigma": "literal"}),
     cost=_cost,
     cases=(

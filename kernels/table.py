@@ -7,6 +7,7 @@ from .dense import dense_attention
 from .mass import attention_mass
 from .op import Op
 from .runs import merge_runs
+from .take import take_rows
 from .window import window_scores
 
 OPS: tuple[Op, ...] = (
@@ -17,5 +18,6 @@ OPS: tuple[Op, ...] = (
     dense_attention,
     merge_runs,
     ragged_attention,
+    take_rows,
     window_scores,
 )
