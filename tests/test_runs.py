@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from compare import DTYPES, EXACT, check, results
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
 from torch import Tensor
 
 from kvcli.kernels import flat
@@ -112,3 +114,22 @@ def test_blocks_of_runs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = results(merge_runs, args)
     monkeypatch.setattr(flat, "BLOCK", 10)
     assert all(map(torch.equal, whole, results(merge_runs, args)))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    some.lists(some.lists(some.booleans(), max_size=12), min_size=1, max_size=3),
+    some.sampled_from(["mean", "rms", 0.0, 2.0]),
+    some.integers(0, 9),
+)
+def test_any_runs_in_heads_of_any_length(heads: list[list[bool]], sigma: str | float, seed: int) -> None:
+    T = max(1, *map(len, heads))
+    real = torch.arange(T) < torch.tensor([len(head) for head in heads])[:, None]
+    start = torch.tensor([[*head, *[True] * T][:T] for head in heads])  # what padding says is not read
+    start[:, 0] = True
+    random = torch.Generator().manual_seed(seed)
+    k, v, mass = (torch.randn(len(heads), T, n, generator=random) for n in (5, 3, 1))
+    args = (k.masked_fill(~real[..., None], math.nan), v, mass[..., 0].round(), start, sigma, real)
+    want = results(merge_runs.ref, args)
+    for run in (merge_runs.cpu, merge_runs.fused):
+        check(results(run, args), want, EXACT)
