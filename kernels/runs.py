@@ -151,7 +151,7 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     H, T = case["H"], case["T"]
     generator = torch.Generator().manual_seed(seed)
     k, v = (random((H, T, size), dtype, generator) for size in (case["D"], case.get("Dv", case["D"])))
-    mass = torch.rand(H, T, generator=generator).mul(8).floor()  # with ties
+    mass = torch.rand(H, T, generator=generator).mul(8).floor() + torch.arange(T) // 100  # ties, the largest late
     lens = torch.tensor([T] * H if (given := case.get("lens")) is None else given)
     real = torch.arange(T) < lens[:, None]
     for part in (k, v, mass):
