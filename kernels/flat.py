@@ -64,8 +64,9 @@ def merge_runs_flat(
         peak = _peaks(flat_mass[row], run, len(n))
         pivot[runs] = row[peak]
         keys, values = flat_k.index_select(0, row).float(), flat_v.index_select(0, row).float()
-        dist = torch.linalg.vector_norm(keys.index_select(0, peak[run]).sub_(keys), dim=-1)
-        weight = weights(dist, n, torch.linalg.vector_norm(keys[peak], dim=-1), sigma)
+        pivots = keys.index_select(0, peak)
+        dist = torch.linalg.vector_norm(pivots.index_select(0, run).sub_(keys), dim=-1)
+        weight = weights(dist, n, torch.linalg.vector_norm(pivots, dim=-1), sigma)
         rows_k.index_copy_(0, runs, _sums(keys, offset, weight).to(k.dtype))
         rows_v.index_copy_(0, runs, _sums(values, offset, weight).to(v.dtype))
     return rows_k, rows_v, lens, pivot % start.shape[1], size

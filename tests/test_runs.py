@@ -19,6 +19,7 @@ RUNS = [
     pytest.param(merge_runs.cpu, id="cpu"),
     pytest.param(merge_runs.fused, id="triton"),
 ]
+CANCELLED = {**EXACT, torch.float32: 1e-5}  # the few numbers of a merged row may be far smaller than its members
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 
@@ -132,4 +133,4 @@ def test_any_runs_in_heads_of_any_length(heads: list[list[bool]], sigma: str | f
     args = (k.masked_fill(~real[..., None], math.nan), v, mass[..., 0].round(), start, sigma, real)
     want = results(merge_runs.ref, args)
     for run in (merge_runs.cpu, merge_runs.fused):
-        check(results(run, args), want, EXACT)
+        check(results(run, args), want, CANCELLED)
