@@ -25,6 +25,8 @@ def bounds(start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def weights(dist: Tensor, n: Tensor, norm: Tensor, sigma: str | float) -> Tensor:  # [R], [runs], [runs] -> [R]
+    """The shares of a run's n members, by their distance to its pivot, whose norm bounds the width from below."""
+
     def total(x: Tensor) -> Tensor:
         return torch.segment_reduce(x, "sum", lengths=n)
 
