@@ -4,15 +4,14 @@ q [Hq, M, D] is in groups of G heads, one for each KV head; out [Hq, M, Dv] in t
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dense import attention_cost, dense_attention_cpu, dense_attention_ref, flash
-from .op import Fn, Op, random
+from .dense import Part, attention_cost, count_pieces, dense_attention_ref, flash, joined, pieces
+from .op import Op, random
 
 BLOCK = 64  # queries at once in the reference
 
@@ -24,21 +23,44 @@ def ragged_attention_ref(
     lens: Sequence[int] | Tensor,  # [H], sum E
     bias: Tensor | None,  # [E] float32, added to the logits
     scale: float,
-) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    tail: tuple[Tensor, Tensor] | None = None,  # [H, S, D], [H, S, Dv]: as many more entries of every head, bias 0
+) -> Part:  # [Hq, M, Dv], [Hq, M] float32
     """Every query sees every entry of its KV head: the definition. A head without entries gives 0 and -inf."""
-    return _head_by_head(partial(dense_attention_ref, scale=scale), q, k, v, _ints(lens), bias)
+    each = []
+    for h, (rows, keys, values, added) in enumerate(_heads(q, k, v, _ints(lens), bias)):
+        if tail is not None:
+            keys, values = torch.cat([keys, tail[0][h : h + 1]], 1), torch.cat([values, tail[1][h : h + 1]], 1)
+            added = None if added is None else torch.nn.functional.pad(added, (0, tail[0].shape[1]))
+        each.append(dense_attention_ref(rows, keys, values, added, scale))
+    return _cat(each, 0)
 
 
 def ragged_attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int] | Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
-    """One flash call for all heads if they are equally long, else one for each."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lens: Sequence[int] | Tensor,
+    bias: Tensor | None,
+    scale: float,
+    tail: tuple[Tensor, Tensor] | None = None,
+) -> Part:  # [Hq, M, Dv], [Hq, M] float32
+    """Flash calls over all heads at once if they are equally long, else over each, and over the tail."""
     lens = _ints(lens)
-    shape = len(lens), lens[0]
-    if lens.count(lens[0]) < len(lens):
-        return _head_by_head(partial(dense_attention_cpu, scale=scale), q, k, v, lens, bias)
-    k, v = k.reshape(*shape, k.shape[1]), v.reshape(*shape, v.shape[1])
-    return dense_attention_cpu(q, k, v, None if bias is None else bias.view(shape), scale)
+    if k.shape[1] != v.shape[1] or not q.numel() or not min(lens):
+        return ragged_attention_ref(q, k, v, lens, bias, scale, tail)
+    rows = q.reshape(len(lens), 1, -1, q.shape[-1])
+    if lens.count(lens[0]) == len(lens):
+        keys, values = (part.view(len(lens), lens[0], -1) for part in (k, v))
+        P = count_pieces(len(lens), rows.shape[2], lens[0])
+        parts = [pieces(rows, keys, values, None if bias is None else bias.view(keys.shape[:2]), scale, P)]
+    else:
+        P = min(count_pieces(1, rows.shape[2], max(lens)), *lens)
+        each = _heads(rows, k, v, lens, bias)
+        parts = [_cat([pieces(own, keys, values, added, scale, P) for own, keys, values, added in each], 0)]
+    if tail is not None and tail[0].shape[1]:
+        parts.append(pieces(rows, *tail, None, scale, 1))
+    out, lse = joined(parts, 1)
+    return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
 
 def causal_attention_ref(
@@ -67,26 +89,22 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     return out[0], lse[0]
 
 
-def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:  # [(out [.., Dv], lse [..])] -> the same
+def join(parts: Sequence[Part]) -> Part:  # [(out [.., Dv], lse [..])] -> the same
     """Attention over several sets of entries from the attention over each; a part with lse -inf counts for nothing."""
-    out, lse = parts[0]
-    for other, its_lse in parts[1:]:
-        share = torch.sigmoid(its_lse - lse).nan_to_num_()  # nan: neither part saw anything
-        out = torch.lerp(out, other, share.to(out.dtype).unsqueeze(-1))
-        lse = torch.logaddexp(lse, its_lse)
-    return out, lse
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = joined([(out[None], lse[None]) for out, lse in parts], 0)
+    blind = torch.stack([lse for _, lse in parts]).amax(0).isneginf()
+    return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
 
 
-def _head_by_head(
-    attend: Fn, q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _heads(q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None) -> Iterator[tuple[Any, ...]]:
     keys, values = torch.split(k[None], lens, 1), torch.split(v[None], lens, 1)
     biases = [None] * len(lens) if bias is None else torch.split(bias[None], lens, 1)
-    heads = zip(q.chunk(len(lens)), keys, values, biases, strict=True)
-    return _cat([attend(*head) for head in heads], 0)
+    return zip(q.chunk(len(lens)), keys, values, biases, strict=True)
 
 
-def _cat(parts: Sequence[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+def _cat(parts: Sequence[Part], dim: int) -> Part:
     return torch.cat([out for out, _ in parts], dim), torch.cat([lse for _, lse in parts], dim)
 
 
@@ -101,7 +119,9 @@ def _ragged_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tu
     k = random((sum(lens), D), dtype, generator)
     v = random((sum(lens), case.get("Dv", D)), dtype, generator)
     bias = random((sum(lens),), torch.float32, generator) if case["bias"] else None
-    return q, k, v, lens, bias, D**-0.5
+    sizes = (D, case.get("Dv", D)) if "S" in case else ()
+    buffers = tuple(random((len(lens), 2 * case["S"], size), dtype, generator) for size in sizes)  # they grow
+    return q, k, v, lens, bias, D**-0.5, tuple(part[:, : case["S"]] for part in buffers) or None
 
 
 def _lens(case: Mapping[str, Any]) -> list[int]:
@@ -113,7 +133,8 @@ def _lens(case: Mapping[str, Any]) -> list[int]:
 
 
 def _ragged_cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
-    entries = sum(_lens(case))
+    lens = _lens(case)
+    entries = sum(lens) + len(lens) * case.get("S", 0)
     return attention_cost(case, itemsize, entries, entries * case["G"] * case["M"])
 
 
@@ -135,7 +156,7 @@ ragged_attention = Op(
     ref=ragged_attention_ref,
     cpu=ragged_attention_cpu,
     inputs=_ragged_inputs,
-    usual={"H": 8, "G": 4, "M": 1, "T": 32768, "D": 128, "bias": True},
+    usual={"H": 8, "G": 4, "M": 1, "T": 32768, "D": 128, "bias": True, "S": 64},
     variants=({}, {"bias": False}),
     cost=_ragged_cost,
     cases=(
@@ -144,7 +165,9 @@ ragged_attention = Op(
         {"lens": [65, 65], "G": 2, "M": 63, "D": 20, "bias": False},
         {"lens": [2, 517, 0, 1], "G": 2, "M": 5, "D": 64, "bias": True},
         {"lens": [63, 1], "G": 4, "M": 1, "D": 80, "bias": False},
-        {"lens": [3, 65], "G": 2, "M": 65, "D": 24, "Dv": 16, "bias": True},
+        {"lens": [3, 65], "G": 2, "M": 65, "D": 24, "Dv": 16, "bias": True, "S": 2},
+        {"lens": [65, 65], "G": 3, "M": 1, "D": 64, "bias": False, "S": 63},
+        {"lens": [129, 2], "G": 1, "M": 2, "D": 64, "bias": True, "S": 1},
     ),
 )
 

@@ -3,7 +3,8 @@
 q [Hq, M, D] in groups of G heads, one for each KV head; k [H, T, D], v [H, T, Dv], bias [H, T]; any strides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 from .op import Op, random
 
 BLOCK = 64  # queries at once in the reference
+FEW = 32  # queries that a flash call takes as one block
+SHORT = 512  # entries that are not worth another piece
+
+Part = tuple[Tensor, Tensor]  # outputs and their LSE
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -41,13 +46,68 @@ def dense_attention_ref(
 def dense_attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
-    """One flash call; the G * M queries of a KV head are its rows, which for few queries is 7 times as fast."""
+    """Flash calls; the G * M queries of a KV head are its rows, which for few queries is 7 times as fast."""
     if k.shape[-1] != v.shape[-1] or not q.numel() or not k.numel():
         return dense_attention_ref(q, k, v, bias, scale)
-    rows = q.reshape(1, len(k), -1, q.shape[-1])
-    mask = None if bias is None else bias[None, :, None]
-    out, lse = flash(rows, k[None], v[None], attn_mask=mask, scale=scale)
+    rows = q.reshape(len(k), 1, -1, q.shape[-1])
+    out, lse = joined([pieces(rows, k, v, bias, scale, count_pieces(len(k), rows.shape[2], k.shape[1]))], 1)
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def pieces(
+    rows: Tensor,  # [H, 1, R, D]
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    P: int,
+) -> Part:  # [H, P, R, Dv], [H, P, R] float32
+    """Attention over each of P pieces of the entries."""
+    over = k.shape[1] % P
+    if P > 1:
+        k, v = _overlapping(k, P), _overlapping(v, P)
+        bias = _once(k, bias if bias is None else _overlapping(bias[..., None], P)[..., 0], over)
+    else:
+        k, v, bias = k[:, None], v[:, None], bias if bias is None else bias[:, None]
+    return flash(rows.expand(-1, P, -1, -1), k, v, attn_mask=bias if bias is None else bias[:, :, None], scale=scale)
+
+
+def count_pieces(H: int, R: int, T: int) -> int:
+    """Into how many pieces to cut heads of T entries, H in a flash call, so that R rows a head keep all threads busy.
+
+    The call shares out heads and blocks of rows alone: one head with few queries would keep one thread busy.
+    """
+    threads = torch.get_num_threads()
+    return max(1, min(threads // gcd(H, threads), T // SHORT)) if R <= FEW else 1
+
+
+def _overlapping(part: Tensor, P: int) -> Tensor:  # [H, T, D] -> [H, P, T // P + T % P, D]
+    """Pieces of one length: each but the last reaches T % P entries into the next."""
+    (H, T, D), (h, t, d) = part.shape, part.stride()
+    return part.as_strided((H, P, T // P + T % P, D), (h, T // P * t, t, d), part.storage_offset())
+
+
+def _once(k: Tensor, bias: Tensor | None, over: int) -> Tensor | None:  # [H, P, C, D], [H, P, C] -> [H or 1, P, C]
+    """The bias with which no entry counts twice where pieces overlap by `over` entries."""
+    if not over:
+        return bias
+    bias = k.new_zeros(1, *k.shape[1:3], dtype=torch.float32) if bias is None else bias.clone()
+    bias[:, :-1, -over:] = -torch.inf
+    return bias
+
+
+def joined(parts: Sequence[Part], dim: int) -> Part:
+    """Attention over several sets of entries from the attention over each, which are listed along `dim`.
+
+    One with lse -inf counts for nothing; where all are, the result is NaN.
+    """
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat(each, dim) for each in zip(*parts, strict=True))
+    if lse.shape[dim] == 1:
+        return out.squeeze(dim), lse.squeeze(dim)
+    share = lse.softmax(dim)
+    # the largest lse and its share tell the whole at a third of the price of logsumexp
+    whole = lse.amax(dim) - share.amax(dim).log_()
+    return (share.unsqueeze_(-1) * out).sum(dim).to(out.dtype), whole
 
 
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:

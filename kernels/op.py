@@ -13,7 +13,7 @@ Fn = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. Call it: CUDA tensors take `fused`, others `cpu`, and `ref` stands in where a twin is missing.
+    """One operation on tensors. Call it: if the first is on a card `fused` is taken, else `cpu`; `ref` is for all.
 
     inputs: (case, dtype, seed) -> the arguments; used by tests and benchmarks.
     cases: sizes to try, at least one of them odd.
@@ -37,13 +37,12 @@ class Op:
 
     def path(self, args: Sequence[Any]) -> Fn:
         """The twin these arguments will take; KVCLI_KERNELS=ref|cpu|triton forces one."""
-        forced = os.environ.get("KVCLI_KERNELS", "")
-        if forced not in ("", "ref", "cpu", "triton"):
+        forced = os.environ.get("KVCLI_KERNELS")
+        if not forced:  # decoding comes here for every layer of every token
+            return (self.fused if args[0].is_cuda else self.cpu) or self.ref
+        if forced not in ("ref", "cpu", "triton"):
             raise ValueError(f"KVCLI_KERNELS={forced}: write ref, cpu or triton")
-        on_card = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
-        chosen = forced or ("triton" if on_card else "cpu")
-        twin = {"ref": self.ref, "cpu": self.cpu, "triton": self.fused}[chosen]
-        return twin or self.ref
+        return {"ref": self.ref, "cpu": self.cpu, "triton": self.fused}[forced] or self.ref
 
 
 def random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative RMS error by the dtype of a result: half a unit in its last place.
@@ -18,6 +19,16 @@ Results = list[Tensor]
 def results(fn: Callable[..., Any], args: tuple[Any, ...]) -> Results:
     out = fn(*args)
     return [out] if isinstance(out, Tensor) else list(out)
+
+
+def each(change: Callable[[Tensor], Tensor], args: Any) -> Any:
+    """The same arguments with every tensor changed, those inside tuples as well."""
+    return tree_map_only(Tensor, change, args)
+
+
+def strided(part: Tensor) -> Tensor:
+    """The same numbers, every other one in memory."""
+    return torch.stack([part, part.roll(1, 0)], -1)[..., 0]
 
 
 def error(got: Tensor, want: Tensor) -> float:

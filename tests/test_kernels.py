@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import DTYPES, EXACT, QUICK, Results, check, error, results
+from compare import DTYPES, EXACT, QUICK, Results, check, each, error, results, strided
 from torch import Tensor
 
 from kvcli.kernels.adjacent import adjacent_cosine
 from kvcli.kernels.attention import causal_attention, join, ragged_attention
+from kvcli.kernels.dense import count_pieces, dense_attention
 from kvcli.kernels.mass import attention_mass
 from kvcli.kernels.op import Op
 from kvcli.kernels.runs import merge_runs
@@ -21,7 +22,7 @@ from kvcli.kernels.take import take_rows
 from kvcli.kernels.window import window_scores
 
 CASES = [pytest.param(op, case, id=f"{op.name}-{i}") for op in OPS for i, case in enumerate(op.cases)]
-GROUPED = ("q", "lse", "sink_logit")  # arguments by query head
+GROUPED = ("q", "lse", "sink_logit", "tail")  # arguments by head, others may be flat
 
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
@@ -75,9 +76,13 @@ def naive_dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, 
 
 
 def naive_ragged_attention(
-    q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None, scale: float, tail: Any
 ) -> Results:
     head = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
+    if tail is not None:
+        k, v = (torch.cat([part, more.flatten(0, 1)]) for part, more in zip((k, v), tail, strict=True))
+        head = torch.cat([head, torch.arange(len(lens)).repeat_interleave(tail[0].shape[1])])
+        bias = None if bias is None else torch.cat([bias, bias.new_zeros(len(k) - len(bias))])
     group = torch.arange(len(q)) // (len(q) // len(lens))
     logit = q @ k.T * scale + (0 if bias is None else bias)
     return list(softmax(logit.masked_fill((head != group[:, None])[:, None], -math.inf), v))
@@ -136,7 +141,7 @@ def naive_merge_runs(
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_the_reference_is_the_definition(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
     args = op.inputs(case, dtype, seed=1)
-    wide = tuple(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+    wide = each(lambda arg: arg.double() if arg.is_floating_point() else arg, args)
     naive = globals()[f"naive_{op.name}"]
     check(results(op.ref, args), results(naive, wide), EXACT)
 
@@ -154,9 +159,7 @@ def test_the_twin_is_the_reference(op: Op, case: Mapping[str, Any], dtype: torch
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_strides_do_not_matter(op: Op) -> None:
     args = op.inputs(op.cases[2], torch.float32, seed=3)
-    sparse = [torch.stack([arg, arg.roll(1, 0)], -1)[..., 0] if isinstance(arg, Tensor) else arg for arg in args]
-    dense = [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
-    check(results(op, tuple(sparse)), results(op, tuple(dense)), EXACT)
+    check(results(op, each(strided, args)), results(op, each(Tensor.contiguous, args)), EXACT)
 
 
 # The rows that take_rows is given are counted through all heads.
@@ -174,8 +177,9 @@ def test_permuting_kv_heads_permutes_the_results(op: Op) -> None:
 
     moved = dict(args)
     for name, arg in args.items():
-        if isinstance(arg, Tensor) and name != "q_pos" and not (name == "pos" and arg.dim() == 1):
-            moved[name] = permute(arg, None if name in GROUPED else lens)
+        if name not in ("q_pos", "lens") and not (name == "pos" and arg.dim() == 1):
+            flat = None if name in GROUPED else lens
+            moved[name] = each(lambda part, flat=flat: permute(part, flat), arg)
     if lens:
         moved["lens"] = [lens[h] for h in order]
     got, want = results(op, tuple(moved.values())), results(op, tuple(args.values()))
@@ -239,7 +243,7 @@ def test_window_scores_count_the_queries_that_see(run: Callable[..., Tensor]) ->
 
 @pytest.mark.parametrize("lens", [[5, 5], [7, 3], torch.tensor([7, 3])], ids=["uniform", "ragged", "tensor"])
 def test_attention_stands_extreme_biases_and_logits(lens: Any) -> None:
-    q, k, v, _, bias, scale = ragged_attention.inputs(
+    q, k, v, _, bias, scale, _ = ragged_attention.inputs(
         {"lens": [5, 5], "G": 2, "M": 1, "D": 16, "bias": True}, torch.float32, seed=0
     )
     bias[1:] = -1e9
@@ -252,7 +256,7 @@ def test_attention_stands_extreme_biases_and_logits(lens: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), list(zip(DTYPES, (1e-6, 1e-2, 2e-3), strict=True)), ids=str)
 def test_joined_parts_are_the_whole(dtype: torch.dtype, tolerance: float) -> None:
-    q, k, v, lens, bias, scale = ragged_attention.inputs(
+    q, k, v, lens, bias, scale, _ = ragged_attention.inputs(
         {"lens": [130], "G": 3, "M": 2, "D": 64, "bias": True}, dtype, seed=0
     )
     cuts = pairwise([0, 0, 1, 64, 130, 130])
@@ -264,3 +268,23 @@ def test_joined_parts_are_the_whole(dtype: torch.dtype, tolerance: float) -> Non
     nothing = join([parts[0], parts[4]])
     assert not nothing[0].any()
     assert bool((nothing[1] == -math.inf).all())
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", [ragged_attention, dense_attention], ids=lambda op: op.name)
+def test_pieces_for_threads_are_the_whole(op: Op, dtype: torch.dtype, P: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a machine with many cores, and for heads too short for it
+    monkeypatch.setattr("kvcli.kernels.dense.count_pieces", lambda H, R, T: min(P, T))
+    monkeypatch.setattr("kvcli.kernels.attention.count_pieces", lambda H, R, T: min(P, T))
+    for case in op.cases:
+        args = op.inputs(case, dtype, seed=6)
+        check(results(op.cpu, args), results(op.ref, args), EXACT if dtype is torch.float32 else QUICK)
+
+
+def test_one_thread_needs_no_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {1: (1, 1, 1), 2: (2, 2, 1), 4: (4, 4, 1), 6: (2, 6, 3)}
+    for threads, expected in counts.items():
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert tuple(count_pieces(H, 4, 8192) for H in (3, 1, 8)) == expected
+        assert count_pieces(1, 4, 100) == count_pieces(1, 1000, 8192) == 1
