@@ -59,7 +59,9 @@ def work(model: Model) -> tuple[list[Snapshot], list[Any]]:
 @pytest.mark.parametrize(
     "name", ["llama", "mistral sliding", "gemma2", pytest.param("gpt_oss", marks=pytest.mark.slow)]
 )
-def test_a_card_gives_what_the_cpu_gives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_gives_what_the_cpu_gives(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreted: None
+) -> None:
     model = load(str(build(name, tmp_path)), dtype="float32", device="cpu")
     model.net.set_experts_implementation("eager")  # others ask the card what it can
     expected, (said, numbers) = work(model)
