@@ -86,7 +86,7 @@ def _key_mass(  # type: ignore[no-untyped-def]
 def attention_mass_fused(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool, softcap: float | None = None
 ) -> Tensor:  # [H, T] float32
-    """The same in one Triton kernel: a program owns BT keys and stores once. In the triangle the longest start first."""
+    """The same in one Triton kernel: in the triangle the programs with most to do start first."""
     (Hq, M, D), (H, T, _) = q.shape, k.shape
     mass = torch.empty(H, T, device=k.device)
     sizes = (scale, softcap, Hq // H, M, T, *q.stride(), *k.stride())
