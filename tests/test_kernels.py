@@ -2,13 +2,15 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from compare import DTYPES, EXACT, QUICK, Results, check, each, error, results, strided, tolerance
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcli.kernels.adjacent import adjacent_cosine
@@ -100,15 +102,17 @@ def naive_ragged_attention(
 def naive_window_scores(
     q: Tensor, q_pos: Tensor, k: Tensor, pos: Tensor, bias: Tensor | None, scale: float, *rest: Any
 ) -> Tensor:
-    head, (softcap, sink) = torch.arange(len(q)) // (len(q) // len(k)), rest
+    head, (softcap, sink, moments) = torch.arange(len(q)) // (len(q) // len(k)), rest
     logit = cap(q @ k[head].mT * scale, softcap)
     logit = logit if bias is None else logit + bias[head, None]
     seen = (pos[head, None] >= 0) & (pos[head, None] <= q_pos[:, None])
     logit = logit.masked_fill(~seen, -math.inf)
     if sink is not None:
         logit = torch.cat([logit, sink[:, None, None].expand(-1, logit.shape[1], 1)], 2)
-    received = softmax(logit, torch.eye(logit.shape[2]).double())[0].sum(1)[:, : k.shape[1]]
-    return received.unflatten(0, (len(k), -1)).mean(1)
+    weight = logit.softmax(-1).nan_to_num()[..., : k.shape[1]].masked_fill(~seen, math.nan)  # [Hq, W, T]
+    total, spread = weight.nansum(1), (weight - weight.nanmean(1, keepdim=True)).square().nansum(1)
+    total, most, spread = (part.unflatten(0, (len(k), -1)) for part in (total, weight.nan_to_num().amax(1), spread))
+    return torch.stack([total.mean(1), most.amax(1), spread.mean(1)]) if moments else total.mean(1)
 
 
 def naive_take_rows(k: Tensor, v: Tensor, index: Tensor) -> Results:
@@ -237,16 +241,39 @@ def test_cosine_of_equal_opposite_and_zero_keys(twin: None) -> None:
     assert cosine.tolist() == [[1, 1, -1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("run", [window_scores.ref, window_scores], ids=["ref", "cpu"])
-def test_window_scores_count_the_queries_that_see(run: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("moments", [False, True])
+def test_window_scores_count_the_queries_that_see(moments: bool, twin: None) -> None:
     q, _, k, pos, bias, scale, *_ = window_scores.inputs(
         {"H": 2, "G": 3, "W": 4, "T": 9, "D": 16, "bias": True}, torch.float32, seed=0
     )
     pos[0, 2:], k[0, 2:] = -1, math.nan  # padding is not read
-    score = run(q, torch.tensor([0, 1, 2, 17]), k, pos, bias, scale)  # the first query sees nothing
-    assert error(score.sum(1), torch.tensor([3.0, 3.0])) < 1e-6
-    assert not score[pos < 0].any()
-    assert not run(q[:, :0], torch.tensor([]), k, pos, bias, scale).any()
+    rest = (k, pos, bias, scale, None, None, moments)
+    scores = results(window_scores, (q, torch.tensor([0, 1, 2, 17]), *rest))  # the first query sees nothing
+    assert error(scores[0].sum(1), torch.tensor([3.0, 3.0])) < 1e-6
+    assert not any(score[pos < 0].any() for score in scores)
+    assert not window_scores(q[:, :0], torch.tensor([]), *rest).any()
+    assert window_scores(q, torch.arange(4), k[:, :0], pos[:, :0], None, *rest[3:]).shape[-1] == 0
+
+
+def test_moments_of_weights_that_hardly_differ(twin: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(4, 1, 16, generator=generator) + 1e-4 * torch.randn(4, 130, 16, generator=generator)
+    k, pos = torch.randn(2, 3, 16, generator=generator), torch.arange(3).expand(2, 3)
+    args = (q, torch.arange(3, 133), k, pos, None, 0.25, None, None, True)
+    wide = each(lambda arg: arg.double() if arg.is_floating_point() else arg, args)
+    got, want = window_scores(*args)[2], naive_window_scores(*wide)[2]
+    assert 1e-12 < want[0, 0] / 130 < 1e-7  # float32 knows squares of these weights to 1e-8
+    assert error(got, want) < 1e-3  # of deviations of 1e-5
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(W=st.integers(1, 70), T=st.integers(1, 40), G=st.integers(1, 3), seed=st.integers(0, 99))
+def test_window_scores_of_any_window(twin: None, W: int, T: int, G: int, seed: int) -> None:
+    args = window_scores.inputs(
+        {"H": 2, "G": G, "W": W, "T": T, "D": 16, "bias": True, "sink": True, "moments": True}, torch.float32, seed
+    )
+    wide = each(lambda arg: arg.double() if arg.is_floating_point() else arg, args)
+    torch.testing.assert_close(window_scores(*args).double(), naive_window_scores(*wide), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lens", [[5, 5], [7, 3], torch.tensor([7, 3])], ids=["uniform", "ragged", "tensor"])
