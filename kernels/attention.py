@@ -91,11 +91,12 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
 
 def join(parts: Sequence[Part]) -> Part:  # [(out [.., Dv], lse [..])] -> the same
     """Attention over several sets of entries from the attention over each; a part with lse -inf counts for nothing."""
-    if len(parts) == 1:
-        return parts[0]
-    out, lse = joined([(out[None], lse[None]) for out, lse in parts], 0)
-    blind = torch.stack([lse for _, lse in parts]).amax(0).isneginf()
-    return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
+    out, lse = parts[0]
+    for other, its_lse in parts[1:]:
+        share = torch.sigmoid(its_lse - lse).nan_to_num_()  # nan: neither part saw anything
+        out = torch.lerp(out, other, share.to(out.dtype).unsqueeze(-1))
+        lse = torch.logaddexp(lse, its_lse)
+    return out, lse
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None) -> Iterator[tuple[Any, ...]]:
