@@ -5,12 +5,13 @@ q [Hq, M, D] is in groups of G heads, one for each KV head; out [Hq, M, Dv] in t
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dense import Part, attention_cost, count_pieces, dense_attention_ref, flash, joined, pieces
+from .dense import Part, attention_cost, count_pieces, dense_attention_ref, flash, join, pieces, unbound
 from .op import Op, random
 
 BLOCK = 64  # queries at once in the reference
@@ -52,14 +53,13 @@ def ragged_attention_cpu(
     if lens.count(lens[0]) == len(lens):
         keys, values = (part.view(len(lens), lens[0], -1) for part in (k, v))
         P = count_pieces(len(lens), rows.shape[2], lens[0])
-        parts = [pieces(rows, keys, values, None if bias is None else bias.view(keys.shape[:2]), scale, P)]
+        found = pieces(rows, keys, values, None if bias is None else bias.view(keys.shape[:2]), scale, P)
     else:
         P = min(count_pieces(1, rows.shape[2], max(lens)), *lens)
         each = _heads(rows, k, v, lens, bias)
-        parts = [_cat([pieces(own, keys, values, added, scale, P) for own, keys, values, added in each], 0)]
-    if tail is not None and tail[0].shape[1]:
-        parts.append(pieces(rows, *tail, None, scale, 1))
-    out, lse = joined(parts, 1)
+        found = _cat([pieces(own, keys, values, added, scale, P) for own, keys, values, added in each], 0)
+    behind = () if tail is None or not tail[0].shape[1] else unbound(pieces(rows, *tail, None, scale, 1))
+    out, lse = join(chain(unbound(found), behind))
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
 
@@ -87,16 +87,6 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
         return causal_attention_ref(q, k, v, scale)
     out, lse = flash(q[None], k[None], v[None], is_causal=True, scale=scale)
     return out[0], lse[0]
-
-
-def join(parts: Sequence[Part]) -> Part:  # [(out [.., Dv], lse [..])] -> the same
-    """Attention over several sets of entries from the attention over each; a part with lse -inf counts for nothing."""
-    out, lse = parts[0]
-    for other, its_lse in parts[1:]:
-        share = torch.sigmoid(its_lse - lse).nan_to_num_()  # nan: neither part saw anything
-        out = torch.lerp(out, other, share.to(out.dtype).unsqueeze(-1))
-        lse = torch.logaddexp(lse, its_lse)
-    return out, lse
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None) -> Iterator[tuple[Any, ...]]:

@@ -3,7 +3,7 @@
 q [Hq, M, D] in groups of G heads, one for each KV head; k [H, T, D], v [H, T, Dv], bias [H, T]; any strides.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from math import gcd
 from typing import Any
 
@@ -15,6 +15,7 @@ from .op import Op, random
 BLOCK = 64  # queries at once in the reference
 FEW = 32  # queries that a flash call takes as one block
 SHORT = 512  # entries that are not worth another piece
+MOST = 8  # pieces that are worth their joining
 
 Part = tuple[Tensor, Tensor]  # outputs and their LSE
 
@@ -50,7 +51,7 @@ def dense_attention_cpu(
     if k.shape[-1] != v.shape[-1] or not q.numel() or not k.numel():
         return dense_attention_ref(q, k, v, bias, scale)
     rows = q.reshape(len(k), 1, -1, q.shape[-1])
-    out, lse = joined([pieces(rows, k, v, bias, scale, count_pieces(len(k), rows.shape[2], k.shape[1]))], 1)
+    out, lse = join(unbound(pieces(rows, k, v, bias, scale, count_pieces(len(k), rows.shape[2], k.shape[1]))))
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
 
@@ -78,7 +79,7 @@ def count_pieces(H: int, R: int, T: int) -> int:
     The call shares out heads and blocks of rows alone: one head with few queries would keep one thread busy.
     """
     threads = torch.get_num_threads()
-    return max(1, min(threads // gcd(H, threads), T // SHORT)) if R <= FEW else 1
+    return max(1, min(threads // gcd(H, threads), T // SHORT, MOST)) if R <= FEW else 1
 
 
 def _overlapping(part: Tensor, P: int) -> Tensor:  # [H, T, D] -> [H, P, T // P + T % P, D]
@@ -96,18 +97,20 @@ def _once(k: Tensor, bias: Tensor | None, over: int) -> Tensor | None:  # [H, P,
     return bias
 
 
-def joined(parts: Sequence[Part], dim: int) -> Part:
-    """Attention over several sets of entries from the attention over each, which are listed along `dim`.
+def join(parts: Iterable[Part]) -> Part:  # [(out [.., Dv], lse [..])] -> the same
+    """Attention over several sets of entries from the attention over each; a part with lse -inf counts for nothing."""
+    (first, lse), *rest = parts
+    out = first.float() if rest else first
+    for other, its_lse in rest:
+        share = torch.sigmoid(its_lse - lse).nan_to_num_()  # nan: neither part saw anything
+        out = torch.lerp(out, other.float(), share.unsqueeze_(-1))
+        lse = torch.logaddexp(lse, its_lse)
+    return out.to(first.dtype), lse
 
-    One with lse -inf counts for nothing; where all are, the result is NaN.
-    """
-    out, lse = parts[0] if len(parts) == 1 else (torch.cat(each, dim) for each in zip(*parts, strict=True))
-    if lse.shape[dim] == 1:
-        return out.squeeze(dim), lse.squeeze(dim)
-    share = lse.softmax(dim)
-    # the largest lse and its share tell the whole at a third of the price of logsumexp
-    whole = lse.amax(dim) - share.amax(dim).log_()
-    return (share.unsqueeze_(-1) * out).sum(dim).to(out.dtype), whole
+
+def unbound(part: Part) -> Iterator[Part]:  # [H, P, R, D], [H, P, R] -> P x ([H, R, D], [H, R])
+    """The pieces apart, for `join`."""
+    return zip(part[0].unbind(1), part[1].unbind(1), strict=True)
 
 
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:

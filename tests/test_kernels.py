@@ -12,8 +12,8 @@ from compare import DTYPES, EXACT, QUICK, Results, check, each, error, results, 
 from torch import Tensor
 
 from kvcli.kernels.adjacent import adjacent_cosine
-from kvcli.kernels.attention import causal_attention, join, ragged_attention
-from kvcli.kernels.dense import count_pieces, dense_attention
+from kvcli.kernels.attention import causal_attention, ragged_attention
+from kvcli.kernels.dense import count_pieces, dense_attention, join
 from kvcli.kernels.mass import attention_mass
 from kvcli.kernels.op import Op
 from kvcli.kernels.runs import merge_runs
