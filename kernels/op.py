@@ -44,6 +44,11 @@ class Op:
             raise ValueError(f"KVCLI_KERNELS={forced}: write ref, cpu or triton")
         return {"ref": self.ref, "cpu": self.cpu, "triton": self.fused}[forced] or self.ref
 
+    def twin(self, args: Sequence[Any]) -> str:
+        """The name of that twin: ref, cpu, or triton; on a card the first two are plain torch."""
+        path = self.path(args)
+        return "ref" if path is self.ref else "cpu" if path is self.cpu else "triton"
+
 
 def random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Seeded normal numbers in any dtype."""

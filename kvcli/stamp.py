@@ -1,7 +1,9 @@
-"""Where numbers come from: versions, and the processor they were measured on."""
+"""Where numbers come from: versions, the commit, and the processor they were measured on."""
 
 import os
 import platform
+import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +19,15 @@ def stamp(device: torch.device) -> dict[str, str]:
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     found = (__version__, torch.__version__, version("transformers"), platform.python_version(), device.type, processor)
     return dict(zip(STAMP, map(str, found), strict=True))
+
+
+def commit() -> str | None:
+    """That of the checkout this code is run from; None where it was installed."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root)
+    return done.stdout.strip() or None
 
 
 def _cpu() -> str:

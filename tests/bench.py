@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcli.cli.tables import print_tables
+from kvcli.stamp import commit, stamp
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "samples/bench.jsonl"
@@ -42,15 +43,9 @@ def measured(kind: str) -> list[dict[str, Any]]:
     from ratios import ratios
 
     from kvcli.model.load import load
-    from kvcli.stamp import stamp
 
     model = load(None, dtype="bfloat16")
     return [{**row, **stamp(model.device)} for row in ratios(model)]
-
-
-def commit() -> str:
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
 
 
 def show(kind: str, rows: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ COMMANDS = (
     "diff",
     "methods",
     "doctor",
+    "kernels",
     "completion",
 )
 

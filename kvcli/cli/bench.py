@@ -11,6 +11,7 @@ import click
 from ..errors import UsageError
 from . import streams
 from .documents import documents
+from .forced import check_kernels
 from .inputs import of_texts, on_texts, tasks_of
 from .ui import Ui, complain, current, grid_options, model_options, output_options, size
 
@@ -71,6 +72,7 @@ def _cells(ui: Ui, methods: Sequence[str], budgets: Sequence[str]) -> "list[Cell
         phase("loading torch")
         from ..recipe import grid
 
+        check_kernels()
     return grid(methods, budgets, BUDGETS)
 
 

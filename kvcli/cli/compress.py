@@ -11,6 +11,7 @@ import click
 
 from ..errors import UsageError
 from . import streams
+from .forced import check_kernels
 from .names import METHODS
 from .ui import Ui, complete_after, current, output_options, peak_memory, size
 
@@ -67,6 +68,7 @@ def command(file: str | None, method: str, budget: tuple[str, ...], **options: A
         phase("loading torch")
         from ..recipe import Recipe
 
+        check_kernels()
     recipe = Recipe.parse(method)
     budgets = recipe.budgets(budget)
     origin = streams.source(file, ui, full=True)

@@ -7,6 +7,7 @@ import click
 
 from ..errors import UsageError
 from . import streams
+from .forced import check_kernels
 from .ui import Ui, clean, current, output_options, size
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def _compare(ui: Ui, *origins: streams.Source) -> dict[str, Any]:
         from ..diff import check_same
         from ..storage import Reader
 
+        check_kernels()
     with ExitStack() as stack:
         readers = []
         for origin in origins:

@@ -11,6 +11,7 @@ import click
 
 from ..errors import GateError, UsageError
 from . import streams
+from .forced import check_kernels
 from .inputs import Options, gather, given
 from .tables import print_tables
 from .ui import Ui, complain, current, grid_options, model_options, output_options
@@ -70,6 +71,7 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
         from ..evaluate import Grid
         from ..recipe import grid
 
+        check_kernels()
         cells = grid(options["method"] or (METHODS,), options["budget"], BUDGETS)
         found = given(ui, docs, options, phase)
         plan = Grid(cells, options["seed"], options["known"])

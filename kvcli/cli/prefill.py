@@ -12,6 +12,7 @@ import click
 
 from ..errors import KvError, UsageError
 from . import streams
+from .forced import check_kernels
 from .ui import Ui, complain, current, model_options, output_options, peak_memory, size
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def _base(ui: Ui, options: dict[str, Any]) -> Base:
         from ..model.resume import model_for
         from ..storage import Reader
 
+        check_kernels()
         if options["onto"] is None:
             return Base(load(options["model"], **{**given, "dtype": given["dtype"] or "bfloat16"}, tick=phase), None)
         origin = streams.source(options["onto"], ui)

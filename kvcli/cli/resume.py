@@ -10,6 +10,7 @@ import click
 from ..errors import UsageError
 from . import streams
 from .answers import Facts, Talk, ask, judge, save, total
+from .forced import check_kernels
 from .questions import check_options, continuation, questions
 from .ui import Ui, current, model_options, output_options, peak_memory, size
 
@@ -73,6 +74,7 @@ def _reader(ui: Ui, origin: streams.Source) -> "Reader":
         phase("loading torch")
         from ..storage import Reader
 
+        check_kernels()
         with streams.waiting(origin, ui):
             return Reader(origin)
 
