@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 import torch
 
@@ -31,13 +31,17 @@ def matrix(ops: Sequence[Op], targets: Sequence[str], tick: Callable[[int, int],
     """All of them, by op and target; tick(done, total). Raises BrokenProcessPool where a compiler takes all with it."""
     cells = [(op, D, dtype, target) for op in ops if op.fused for target in targets for D in SIZES for dtype in DTYPES]
     workers = min(os.cpu_count() or 1, max(len(cells), 1))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
     try:
         with _deaf():
             jobs = [pool.submit(compile_cell, *cell) for cell in cells]
         for done, job in enumerate(as_completed(jobs), 1):
             job.result()
             tick(done, len(jobs))
+    except BaseException:
+        for worker in active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     return [row for job in jobs for row in job.result()]
@@ -45,17 +49,12 @@ def matrix(ops: Sequence[Op], targets: Sequence[str], tick: Callable[[int, int],
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes started inside do not hear Ctrl-C while they import, where it would show a traceback of each."""
+    """Processes started inside do not hear Ctrl-C, of which each would show a traceback: their parent ends them."""
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, heard)
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on it ends them without a word
-    torch.set_num_threads(1)
 
 
 def compile_cell(op: Op, D: int, dtype: torch.dtype, target: str) -> list[Built | Failed]:
