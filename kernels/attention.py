@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .dense import attention_cost, dense_attention_cpu, dense_attention_ref, flash
+from .flash import flash_fused
+from .launch import triton
 from .op import Fn, Op, random
 
 BLOCK = 64  # queries at once in the reference
@@ -41,6 +43,13 @@ def ragged_attention_cpu(
     return dense_attention_cpu(q, k, v, None if bias is None else bias.view(shape), scale)
 
 
+def ragged_attention_fused(
+    q: Tensor, k: Tensor, v: Tensor, lens: Sequence[int] | Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """Triton on the flat rows. Lengths in a tensor of the card have to be waited for; a list has not."""
+    return flash_fused(q, k, v, scale, bias=bias, lens=_ints(lens))
+
+
 def causal_attention_ref(
     q: Tensor,  # [Hq, M, D]
     k: Tensor,  # [H, M, D]
@@ -65,6 +74,11 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
         return causal_attention_ref(q, k, v, scale)
     out, lse = flash(q[None], k[None], v[None], is_causal=True, scale=scale)
     return out[0], lse[0]
+
+
+def causal_attention_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same in Triton, which skips what lies ahead of a block of queries."""
+    return flash_fused(q, k, v, scale, causal=True)
 
 
 def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:  # [(out [.., Dv], lse [..])] -> the same
@@ -134,6 +148,7 @@ ragged_attention = Op(
     name="ragged_attention",
     ref=ragged_attention_ref,
     cpu=ragged_attention_cpu,
+    fused=ragged_attention_fused if triton else None,
     inputs=_ragged_inputs,
     usual={"H": 8, "G": 4, "M": 1, "T": 32768, "D": 128, "bias": True},
     variants=({}, {"bias": False}),
@@ -152,6 +167,7 @@ causal_attention = Op(
     name="causal_attention",
     ref=causal_attention_ref,
     cpu=causal_attention_cpu,
+    fused=causal_attention_fused if triton else None,
     inputs=_causal_inputs,
     usual={"H": 8, "G": 4, "M": 1024, "D": 128},
     cost=_causal_cost,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .dense import attention_cost, flash
+from .flash import flash_fused
+from .launch import triton
 from .op import Op, random
 
 BLOCK, WIDE = 64, 256  # queries at once in the reference, and in a flash call
@@ -119,6 +121,23 @@ def _joined(blocks: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Ten
     return out.to(q.dtype), lse
 
 
+def banded_attention_fused(
+    q: Tensor,
+    q_pos: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """The same in Triton, which finds the entries that a block of queries sees by their positions."""
+    q_pos, pos = (part.to(q.device).contiguous() for part in (q_pos, pos))
+    band = {"q_pos": q_pos, "pos": pos.expand(len(k), -1), "window": window, "softcap": softcap}
+    return flash_fused(q, k, v, scale, bias=bias, **band)
+
+
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     H, G, M, T, D = (case[name] for name in ("H", "G", "M", "T", "D"))
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +159,7 @@ banded_attention = Op(
     name="banded_attention",
     ref=banded_attention_ref,
     cpu=banded_attention_sliced,
-    fused=banded_attention_sliced,
+    fused=banded_attention_fused if triton else None,
     inputs=_inputs,
     usual={
         "H": 8,
@@ -153,7 +172,7 @@ banded_attention = Op(
         "window": None,
         "softcap": 50.0,
     },
-    variants=({}, {"bias": True}, {"window": 4096, "softcap": None}),
+    variants=({}, {"bias": True}, {"window": 4096, "softcap": None}, {"M": 1, "bias": True}),
     cost=_cost,
     cases=(
         {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False, "first": 3, "window": None, "softcap": None},

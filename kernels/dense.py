@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flash import flash_fused
+from .launch import triton
 from .op import Op, random
 
 BLOCK = 64  # queries at once in the reference
@@ -50,6 +52,13 @@ def dense_attention_cpu(
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
 
+def dense_attention_fused(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """The same in Triton."""
+    return flash_fused(q, k, v, scale, bias=bias)
+
+
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     H, G, M, T, D = (case[name] for name in ("H", "G", "M", "T", "D"))
     generator = torch.Generator().manual_seed(seed)
@@ -78,9 +87,10 @@ dense_attention = Op(
     name="dense_attention",
     ref=dense_attention_ref,
     cpu=dense_attention_cpu,
+    fused=dense_attention_fused if triton else None,
     inputs=_inputs,
     usual={"H": 8, "G": 4, "M": 1024, "T": 32768, "D": 128, "bias": False},
-    variants=({}, {"bias": True}),
+    variants=({}, {"bias": True}, {"M": 1}),
     cost=_cost,
     cases=(
         {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False},
