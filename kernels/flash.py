@@ -33,66 +33,65 @@ def _flash(  # type: ignore[no-untyped-def]
     i_r, i_s, i_h = tl.program_id(0) // S, tl.program_id(0) % S, tl.program_id(1).to(tl.int64)
     o_r, o_d, o_v = i_r * BR + tl.arange(0, BR), tl.arange(0, BD).to(tl.int64), tl.arange(0, BV).to(tl.int64)
     m_r, m_d, m_v = o_r < G * M, o_d < D, o_v < DV
-    g, m = (i_h * G + o_r // M).to(tl.int64), (o_r % M).to(tl.int64)
+    g, m = (i_h * G + o_r // M).to(tl.int64), o_r % M
     b_q = tl.load(
-        q + g[:, None] * q_h + m[:, None] * q_m + o_d[None, :] * q_d, mask=m_r[:, None] & m_d[None, :], other=0.0
+        q + g[:, None] * q_h + m[:, None].to(tl.int64) * q_m + o_d[None, :] * q_d, mask=m_r[:, None] & m_d[None, :], other=0.0
     )
     if UPCAST:
         b_q = b_q.to(tl.float32)
-    low, high = 0, T
+    T_h = T
     k, v = k + i_h * k_h, v + i_h * v_h
     if bias is not None:
         bias += i_h * bias_h
     if offsets is not None:
         first = tl.load(offsets + i_h)
-        high = (tl.load(offsets + i_h + 1) - first).to(tl.int32)
+        T_h = (tl.load(offsets + i_h + 1) - first).to(tl.int32)
         k, v = k + first * k_t, v + first * v_t
         if bias is not None:
             bias += first
+    b_low, b_high = tl.zeros([BR], tl.int32), tl.zeros([BR], tl.int32) + T_h  # row r sees b_low <= t < b_high
     if CAUSAL:
-        high = tl.minimum(high, tl.max(tl.where(m_r, m, 0)).to(tl.int32) + T - M + 1)
-    if pos is not None:  # a binary search for both ends at once: the first entry seen by some row, and the first after
-        b_at = tl.load(q_pos + m, mask=m_r, other=-1)
+        b_high = tl.minimum(b_high, m + T - M + 1)
+    if pos is not None:
         pos += i_h * pos_h
-        oldest = tl.min(tl.where(m_r, b_at, 1 << 62)) - window if window is not None else -1
-        b_limit = tl.where(tl.arange(0, 2) == 0, oldest, tl.max(b_at))
-        b_n, step = tl.zeros([2], tl.int32), top
-        while step > 0:
-            b_pos = tl.load(pos + b_n + step - 1, mask=b_n + step <= high, other=-1)
-            b_n += tl.where((b_pos >= 0) & (b_pos <= b_limit), step, 0)
+        b_at, b_high, step = tl.load(q_pos + m, mask=m_r, other=0), b_low, top
+        while step > 0:  # a binary search for the ends of what each row sees
+            o_p = b_high + step - 1
+            b_pos = tl.load(pos + o_p, mask=o_p < T, other=-1)
+            b_high += tl.where((b_pos >= 0) & (b_pos <= b_at), step, 0)
+            if window is not None:
+                o_p = b_low + step - 1
+                b_pos = tl.load(pos + o_p, mask=o_p < T, other=-1)
+                b_low += tl.where((b_pos >= 0) & (b_pos <= b_at - window), step, 0)
             step = step // 2
-        low, high = tl.min(b_n), tl.max(b_n)
+    low, high = tl.min(tl.where(m_r, b_low, T)), tl.max(tl.where(m_r, b_high, 0))
     part = tl.cdiv(tl.cdiv(high - low, BT), S) * BT
     begin = low + i_s * part
     end = tl.minimum(high, begin + part)
+    b_span = tl.maximum(tl.minimum(b_high, end) - b_low, 0).to(tl.uint32)
     row = (i_s.to(tl.int64) * tl.num_programs(1) + i_h) * (G * M) + o_r
+    unit = scale if softcap is None else 2 * scale / softcap
     b_max = tl.full([BR], float("-inf"), tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
     b_out = tl.zeros([BR, BV], tl.float32)
     for t in range(begin, end, BT):
-        o_t = t + tl.arange(0, BT).to(tl.int64)
+        o_t = t + tl.arange(0, BT)
         m_t = o_t < end
         b_k = tl.load(
-            k + o_t[None, :] * k_t + o_d[:, None] * k_d, mask=m_t[None, :] & m_d[:, None], other=0.0
+            k + o_t[None, :].to(tl.int64) * k_t + o_d[:, None] * k_d, mask=m_t[None, :] & m_d[:, None], other=0.0
         )
         b_v = tl.load(
-            v + o_t[:, None] * v_t + o_v[None, :] * v_d, mask=m_t[:, None] & m_v[None, :], other=0.0
+            v + o_t[:, None].to(tl.int64) * v_t + o_v[None, :] * v_d, mask=m_t[:, None] & m_v[None, :], other=0.0
         )
         if UPCAST:
             b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
-        b_x = tl.dot(b_q, b_k, input_precision="ieee") * scale  # [BR, BT]
+        b_x = tl.dot(b_q, b_k, input_precision="ieee") * unit  # [BR, BT]
         if softcap is not None:
-            b_x = softcap * (2 * tl.sigmoid(2 * b_x / softcap) - 1)
+            b_x = softcap * (2 * tl.sigmoid(b_x) - 1)
         if bias is not None:
-            b_x += tl.load(bias + o_t, mask=m_t, other=0.0)[None, :]
-        seen = m_t[None, :]
-        if CAUSAL:
-            seen = seen & (o_t[None, :] <= m[:, None] + (T - M))
-        if pos is not None:
-            b_pos = tl.load(pos + o_t, mask=m_t, other=-1)[None, :]
-            seen = seen & (b_pos <= b_at[:, None])
-            if window is not None:
-                seen = seen & (b_pos > b_at[:, None] - window)
+            # a mask would cost a branch an entry on AMD; what lies past the end is not seen
+            b_x += tl.load(bias + tl.minimum(o_t, end - 1))[None, :]
+        seen = (o_t[None, :] - b_low[:, None]).to(tl.uint32) < b_span[:, None]
         b_x = tl.where(seen, b_x, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_x, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -179,5 +178,5 @@ def _pad(D: int) -> int:
 def _blocks(rows: int, D: int, itemsize: int) -> dict[str, Any]:
     # float32 products run in registers, not tensor cores, where larger tiles would spill
     BR = 16 if rows <= 16 or itemsize == 4 else 64
-    BT = 64 if max(D, 64) * itemsize <= 256 else 32 if max(D, 64) * itemsize <= 512 else 16
+    BT = 64 if max(D, 64) * itemsize <= 256 else 32 if max(D, 64) * itemsize <= 512 and BR == 16 else 16
     return {"BR": BR, "BT": BT, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
