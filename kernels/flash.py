@@ -24,7 +24,7 @@ JOINED = 16  # splits read at once when they are joined
 @Kernel
 def _flash(  # type: ignore[no-untyped-def]
     q, k, v, bias, offsets, q_pos, pos, out, lse,
-    scale, softcap, window, G, M, T, S, top,
+    scale, softcap, window, G, M, T, S, bits,
     q_h, q_m, q_d, k_h, k_t, k_d, v_h, v_t, v_d, bias_h, pos_h,
     D: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
@@ -54,8 +54,9 @@ def _flash(  # type: ignore[no-untyped-def]
         b_high = tl.minimum(b_high, m + T - M + 1)
     if pos is not None:
         pos += i_h * pos_h
-        b_at, b_high, step = tl.load(q_pos + m, mask=m_r, other=0), b_low, top
-        while step > 0:  # a binary search for the ends of what each row sees
+        b_at, b_high = tl.load(q_pos + m, mask=m_r, other=0), b_low
+        for bit in range(0, bits):  # a binary search for the ends of what each row sees
+            step = 1 << (bits - 1 - bit)
             o_p = b_high + step - 1
             b_pos = tl.load(pos + o_p, mask=o_p < T, other=-1)
             b_high += tl.where((b_pos >= 0) & (b_pos <= b_at), step, 0)
@@ -63,7 +64,6 @@ def _flash(  # type: ignore[no-untyped-def]
                 o_p = b_low + step - 1
                 b_pos = tl.load(pos + o_p, mask=o_p < T, other=-1)
                 b_low += tl.where((b_pos >= 0) & (b_pos <= b_at - window), step, 0)
-            step = step // 2
     low, high = tl.min(tl.where(m_r, b_low, T)), tl.max(tl.where(m_r, b_high, 0))
     part = tl.cdiv(tl.cdiv(high - low, BT), S) * BT
     begin = low + i_s * part
@@ -74,8 +74,8 @@ def _flash(  # type: ignore[no-untyped-def]
     b_max = tl.full([BR], float("-inf"), tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
     b_out = tl.zeros([BR, BV], tl.float32)
-    for t in range(begin, end, BT):
-        o_t = t + tl.arange(0, BT)
+    for t in range(0, end - begin, BT):  # from 0: with another start the compiler loads numbers one by one
+        o_t = begin + t + tl.arange(0, BT)
         m_t = o_t < end
         b_k = tl.load(
             k + o_t[None, :].to(tl.int64) * k_t + o_d[:, None] * k_d, mask=m_t[None, :] & m_d[:, None], other=0.0
@@ -156,7 +156,7 @@ def flash_fused(
     S = max(1, triton.cdiv(span, max(SPLIT, triton.cdiv(entries * tiles, PROGRAMS))))
     out, lse = q.new_empty(Hq, M, Dv, dtype=dtype), q.new_empty(Hq, M, dtype=torch.float32)
     part = (out, lse) if S == 1 else [made.new_empty(S, *made.shape, dtype=torch.float32) for made in (out, lse)]
-    sizes = (scale, softcap, window, G, M, T, S, triton.next_power_of_2(T))
+    sizes = (scale, softcap, window, G, M, T, S, T.bit_length())
     strides = (*q.stride(), *spread[0], *spread[1], *apart)
     padded = {"D": D, "DV": Dv, "BD": _pad(D), "BV": _pad(Dv)}
     _flash[tiles * S, H](q, k, v, bias, offsets, q_pos, pos, *part, *sizes, *strides, CAUSAL=causal, **padded, **blocks)
@@ -178,5 +178,6 @@ def _pad(D: int) -> int:
 def _blocks(rows: int, D: int, itemsize: int) -> dict[str, Any]:
     # float32 products run in registers, not tensor cores, where larger tiles would spill
     BR = 16 if rows <= 16 or itemsize == 4 else 64
-    BT = 64 if max(D, 64) * itemsize <= 256 else 32 if max(D, 64) * itemsize <= 512 and BR == 16 else 16
-    return {"BR": BR, "BT": BT, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    BT = (2048 if itemsize == 4 else 4096 if BR == 64 else 8192) // max(64, _pad(D))
+    options = {"num_warps": 8 if BR == 64 and D > 128 else 4, "num_stages": 2, "enable_fp_fusion": True}
+    return {"BR": BR, "BT": min(64, max(16, BT)), **options}
