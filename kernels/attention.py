@@ -14,7 +14,7 @@ from torch import Tensor
 from .dense import attention_cost, dense_attention_cpu, dense_attention_ref, flash
 from .flash import flash_fused
 from .launch import triton
-from .op import Fn, Op, random
+from .op import Fn, Op, random, strained
 
 BLOCK = 64  # queries at once in the reference
 
@@ -115,6 +115,7 @@ def _ragged_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tu
     k = random((sum(lens), D), dtype, generator)
     v = random((sum(lens), case.get("Dv", D)), dtype, generator)
     bias = random((sum(lens),), torch.float32, generator) if case["bias"] else None
+    q, bias = strained(case, q, bias)
     return q, k, v, lens, bias, D**-0.5
 
 
@@ -141,7 +142,7 @@ def _causal_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tu
     generator = torch.Generator().manual_seed(seed)
     shapes = ((M, H * G, D), (M, H, D), (M, H, case.get("Dv", D)))
     q, k, v = (random(shape, dtype, generator).transpose(0, 1) for shape in shapes)
-    return q, k, v, D**-0.5
+    return strained(case, q, None)[0], k, v, D**-0.5
 
 
 ragged_attention = Op(
@@ -157,9 +158,10 @@ ragged_attention = Op(
         {"lens": [1], "G": 1, "M": 1, "D": 16, "bias": False},
         {"lens": [129, 129, 129], "G": 3, "M": 1, "D": 64, "bias": True},
         {"lens": [65, 65], "G": 2, "M": 63, "D": 20, "bias": False},
-        {"lens": [2, 517, 0, 1], "G": 2, "M": 5, "D": 64, "bias": True},
+        {"lens": [2, 2003, 0, 1], "G": 2, "M": 5, "D": 64, "bias": True},
         {"lens": [63, 1], "G": 4, "M": 1, "D": 80, "bias": False},
-        {"lens": [3, 65], "G": 2, "M": 65, "D": 24, "Dv": 16, "bias": True},
+        {"lens": [3, 65], "G": 2, "M": 65, "D": 24, "Dv": 16, "bias": True, "far": True},
+        {"lens": [65, 2], "G": 2, "M": 2, "D": 64, "bias": False, "loud": True},
     ),
 )
 
@@ -177,5 +179,6 @@ causal_attention = Op(
         {"H": 2, "G": 4, "M": 129, "D": 80},
         {"H": 2, "G": 2, "M": 65, "D": 24, "Dv": 16},
         {"H": 1, "G": 2, "M": 517, "D": 64},
+        {"H": 1, "G": 2, "M": 63, "D": 64, "loud": True},
     ),
 )

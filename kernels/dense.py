@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .flash import flash_fused
 from .launch import triton
-from .op import Op, random
+from .op import Op, random, strained
 
 BLOCK = 64  # queries at once in the reference
 
@@ -65,6 +65,7 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
     k, v = (random((H, 2 * T, size), dtype, generator)[:, :T] for size in (D, case.get("Dv", D)))  # a growing buffer
     bias = random((H, T), torch.float32, generator) if case["bias"] else None
+    q, bias = strained(case, q, bias)
     return q, k, v, bias, D**-0.5
 
 
@@ -96,7 +97,9 @@ dense_attention = Op(
         {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False},
         {"H": 3, "G": 3, "M": 1, "T": 129, "D": 64, "bias": True},
         {"H": 2, "G": 2, "M": 65, "T": 517, "D": 64, "bias": False},
+        {"H": 2, "G": 2, "M": 9, "T": 2003, "D": 16, "bias": True},
         {"H": 2, "G": 4, "M": 5, "T": 63, "D": 80, "bias": True},
-        {"H": 2, "G": 2, "M": 3, "T": 65, "D": 24, "Dv": 16, "bias": True},
+        {"H": 2, "G": 2, "M": 3, "T": 65, "D": 24, "Dv": 16, "bias": True, "far": True},
+        {"H": 2, "G": 1, "M": 2, "T": 65, "D": 64, "bias": False, "loud": True},
     ),
 )

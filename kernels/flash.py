@@ -27,7 +27,7 @@ def _flash(  # type: ignore[no-untyped-def]
     scale, softcap, window, G, M, T, S, bits,
     q_h, q_m, q_d, k_h, k_t, k_d, v_h, v_t, v_d, bias_h, pos_h,
     D: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out [S, H * G * M, DV], lse [S, H * G * M]: attention of BR rows of head i_h over part i_s of what they see."""
     i_r, i_s, i_h = tl.program_id(0) // S, tl.program_id(0) % S, tl.program_id(1).to(tl.int64)
@@ -35,7 +35,9 @@ def _flash(  # type: ignore[no-untyped-def]
     m_r, m_d, m_v = o_r < G * M, o_d < D, o_v < DV
     g, m = (i_h * G + o_r // M).to(tl.int64), o_r % M
     b_q = tl.load(
-        q + g[:, None] * q_h + m[:, None].to(tl.int64) * q_m + o_d[None, :] * q_d, mask=m_r[:, None] & m_d[None, :], other=0.0
+        q + g[:, None] * q_h + m[:, None].to(tl.int64) * q_m + o_d[None, :] * q_d,
+        mask=m_r[:, None] & m_d[None, :],
+        other=0.0,
     )
     if UPCAST:
         b_q = b_q.to(tl.float32)
@@ -69,7 +71,6 @@ def _flash(  # type: ignore[no-untyped-def]
     begin = low + i_s * part
     end = tl.minimum(high, begin + part)
     b_span = tl.maximum(tl.minimum(b_high, end) - b_low, 0).to(tl.uint32)
-    row = (i_s.to(tl.int64) * tl.num_programs(1) + i_h) * (G * M) + o_r
     unit = scale if softcap is None else 2 * scale / softcap
     b_max = tl.full([BR], float("-inf"), tl.float32)
     b_sum = tl.zeros([BR], tl.float32)
@@ -97,8 +98,12 @@ def _flash(  # type: ignore[no-untyped-def]
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p, b_fade = tl.exp(b_x - b_base[:, None]), tl.exp(b_max - b_base)
         b_sum = b_sum * b_fade + tl.sum(b_p, 1)
-        b_out = b_out * b_fade[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        b_w = b_p.to(b_v.dtype)
+        b_out = b_out * b_fade[:, None] + tl.dot(b_w, b_v, input_precision="ieee")
+        if WHOLE:  # what rounding the weights left over
+            b_out += tl.dot((b_p - b_w).to(b_v.dtype), b_v, input_precision="ieee")
         b_max = b_new
+    row = (i_s.to(tl.int64) * tl.num_programs(1) + i_h) * (G * M) + o_r
     b_out = b_out / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     tl.store(out + row[:, None] * DV + o_v[None, :], b_out, mask=m_r[:, None] & m_v[None, :])
     tl.store(lse + row, b_max + tl.log(b_sum), mask=m_r)
@@ -141,14 +146,14 @@ def flash_fused(
     pos: Tensor | None = None,  # [H, T] int, rising in a head, -1 for padding, which comes last; seen from q_pos
     window: int | None = None,  # of these, pos > q_pos - window
     softcap: float | None = None,
-    dtype: torch.dtype | None = None,  # of the output, that of q by default
+    dtype: torch.dtype | None = None,  # of the output, by default that of q; float32 keeps 16-bit weights whole
 ) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
     """Attention of every query over what it sees of its KV head; 0 and -inf where that is nothing. Any strides."""
     (Hq, M, D), Dv = q.shape, v.shape[-1]
     H, T = (len(k), k.shape[1]) if lens is None else (len(lens), max(lens))
     offsets = None if lens is None else _offsets(tuple(lens), q.device)
     G, spread = Hq // H, [(0, *part.stride()) if lens else part.stride() for part in (k, v)]
-    bias, pos = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in (bias, pos))
+    bias, q_pos, pos = (None if part is None else _rows(part.to(q.device)) for part in (bias, q_pos, pos))
     apart = [0 if part is None or part.dim() < 2 else part.stride(0) for part in (bias, pos)]
     blocks = _blocks(G * M, max(D, Dv), q.element_size())
     tiles, span = triton.cdiv(G * M, blocks["BR"]), T if window is None else min(T, window + M)
@@ -158,11 +163,15 @@ def flash_fused(
     part = (out, lse) if S == 1 else [made.new_empty(S, *made.shape, dtype=torch.float32) for made in (out, lse)]
     sizes = (scale, softcap, window, G, M, T, S, T.bit_length())
     strides = (*q.stride(), *spread[0], *spread[1], *apart)
-    padded = {"D": D, "DV": Dv, "BD": _pad(D), "BV": _pad(Dv)}
-    _flash[tiles * S, H](q, k, v, bias, offsets, q_pos, pos, *part, *sizes, *strides, CAUSAL=causal, **padded, **blocks)
+    padded = {"D": D, "DV": Dv, "BD": _pad(D), "BV": _pad(Dv), "CAUSAL": causal, "WHOLE": out.dtype != q.dtype}
+    _flash[tiles * S, H](q, k, v, bias, offsets, q_pos, pos, *part, *sizes, *strides, **padded, **blocks)
     if S > 1:
         _join[Hq * M,](*part, out, lse, Hq * M, S, DV=Dv, BV=_pad(Dv), BS=JOINED, num_warps=4)
     return out, lse
+
+
+def _rows(part: Tensor) -> Tensor:
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 @lru_cache(1024)
