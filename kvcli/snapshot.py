@@ -61,6 +61,11 @@ class LayerKV:
         return self.pos >= 0
 
     @property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What attention is over: keys, values, positions, biases."""
+        return self.k, self.v, self.pos, self.bias
+
+    @property
     def lens(self) -> Tensor:  # [H] int64
         return self.real.sum(1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import MismatchError
 from ..layers import NAMES
 from ..meta import Json, Layout, Meta
-from ..metrics import relative_error
+from ..kernels.error import relative_error
 from .convert import weight_files
 from .weights import weights_dtype, weights_hash
 
