@@ -39,5 +39,5 @@ def nll(logits: Tensor, ids: Tensor) -> Tensor:  # [M, V], [M] -> [M] float32
 
 def median_p95(error: Tensor) -> tuple[float, float]:
     """Median and 95th percentile of all numbers given."""
-    median, tail = torch.quantile(error.flatten().float(), torch.tensor([0.5, 0.95])).tolist()
+    median, tail = torch.quantile(error.flatten().float().cpu(), torch.tensor([0.5, 0.95])).tolist()
     return median, tail
