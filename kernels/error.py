@@ -1,7 +1,7 @@
 """Output error, how far attention over one cache is from attention over another: queries and two caches -> [Hq, R].
 
 |o' - o| / |o| of every query and head, in float32. A query sees the entries of its KV head at 0 <= pos <= its own
-position; `softcap` bounds the logits before the bias, `sink_logit` is one more logit in the softmax, which has no value.
+position; `softcap` bounds the logits before the bias, `sink_logit` is one more logit in the softmax, without a value.
 """
 
 from __future__ import annotations

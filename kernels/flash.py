@@ -14,12 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import Kernel, tl, triton
+from .launch import Kernel, helper, tl, triton
 
 Part = tuple[Tensor, Tensor]  # outputs and their LSE
 PROGRAMS = 264  # what fills a card twice over
 SPLIT = 256  # entries a split has at least
 JOINED = 16  # splits read at once when they are joined
+
+
+@helper
+def _load(x, row, m_row, column, m_column, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The block of x at the distances row [R] and column [C] from its start; 0 outside the masks."""
+    b = tl.load(x + row[:, None] + column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0)
+    if UPCAST:
+        b = b.to(tl.float32)
+    return b
+
+
+@helper
+def _count(pos, T, bits, b_at):  # type: ignore[no-untyped-def]
+    """How many of T < 2 ** bits rising positions are at most b_at, for each of those; -1 in the end do not count."""
+    b_n = (b_at * 0).to(tl.int32)
+    for bit in range(bits):
+        b_next = b_n + (1 << (bits - 1 - bit))
+        b_pos = tl.load(pos + b_next - 1, mask=b_next <= T, other=-1)
+        b_n = tl.where((b_pos >= 0) & (b_pos <= b_at), b_next, b_n)
+    return b_n
 
 
 @Kernel
@@ -34,71 +54,48 @@ def _flash(  # type: ignore[no-untyped-def]
     i_r, i_s, i_h = tl.program_id(0) // S, tl.program_id(0) % S, tl.program_id(1).to(tl.int64)
     o_r, o_d, o_v = i_r * BR + tl.arange(0, BR), tl.arange(0, BD).to(tl.int64), tl.arange(0, BV).to(tl.int64)
     m_r, m_d, m_v = o_r < G * M, o_d < D, o_v < DV
-    g, m = (i_h * G + o_r // M).to(tl.int64), o_r % M
-    b_q = tl.load(
-        q + g[:, None] * q_h + m[:, None].to(tl.int64) * q_m + o_d[None, :] * q_d,
-        mask=m_r[:, None] & m_d[None, :],
-        other=0.0,
-    )
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
-    T_h = T
-    k, v = k + i_h * k_h, v + i_h * v_h
-    if bias is not None:
-        bias += i_h * bias_h
+    g, m = i_h * G + o_r // M, o_r % M
+    b_q = _load(q, g * q_h + m.to(tl.int64) * q_m, m_r, o_d * q_d, m_d, UPCAST)
+    first, b_low, b_high = i_h * 0, tl.zeros([BR], tl.int32), tl.zeros([BR], tl.int32) + T
     if offsets is not None:
         first = tl.load(offsets + i_h)
-        T_h = (tl.load(offsets + i_h + 1) - first).to(tl.int32)
-        k, v = k + first * k_t, v + first * v_t
-        if bias is not None:
-            bias += first
-    b_low, b_high = tl.zeros([BR], tl.int32), tl.zeros([BR], tl.int32) + T_h  # row r sees b_low <= t < b_high
+        b_high = b_low + (tl.load(offsets + i_h + 1) - first).to(tl.int32)
     if CAUSAL:
         b_high = tl.minimum(b_high, m + T - M + 1)
     if pos is not None:
-        pos += i_h * pos_h
-        b_at, b_high = tl.load(q_pos + m, mask=m_r, other=0), b_low
-        for bit in range(0, bits):  # a binary search for the ends of what each row sees
-            step = 1 << (bits - 1 - bit)
-            o_p = b_high + step - 1
-            b_pos = tl.load(pos + o_p, mask=o_p < T, other=-1)
-            b_high += tl.where((b_pos >= 0) & (b_pos <= b_at), step, 0)
-            if window is not None:
-                o_p = b_low + step - 1
-                b_pos = tl.load(pos + o_p, mask=o_p < T, other=-1)
-                b_low += tl.where((b_pos >= 0) & (b_pos <= b_at - window), step, 0)
+        b_at = tl.load(q_pos + m, mask=m_r, other=0)
+        b_high = _count(pos + i_h * pos_h, T, bits, b_at)
+        if window is not None:
+            b_low = _count(pos + i_h * pos_h, T, bits, b_at - window)
     low, high = tl.min(tl.where(m_r, b_low, T)), tl.max(tl.where(m_r, b_high, 0))
     part = tl.cdiv(tl.cdiv(high - low, BT), S) * BT
     begin = low + i_s * part
-    end = tl.minimum(high, begin + part)
-    b_span = tl.maximum(tl.minimum(b_high, end) - b_low, 0).to(tl.uint32)
+    n = tl.minimum(high - begin, part)
+    # from here on entries are counted from `begin`, and row r sees b_low <= t < b_low + b_span
+    b_low -= begin
+    b_span = tl.maximum(tl.minimum(b_high - begin, n) - b_low, 0).to(tl.uint32)
+    k, v = k + i_h * k_h + (first + begin) * k_t, v + i_h * v_h + (first + begin) * v_t
+    if bias is not None:
+        bias += i_h * bias_h + first + begin
     unit = scale if softcap is None else 2 * scale / softcap
     b_max = tl.full([BR], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BR], tl.float32)
-    b_out = tl.zeros([BR, BV], tl.float32)
-    for t in range(0, end - begin, BT):  # from 0: with another start the compiler loads numbers one by one
-        o_t = begin + t + tl.arange(0, BT)
-        m_t = o_t < end
-        b_k = tl.load(
-            k + o_t[None, :].to(tl.int64) * k_t + o_d[:, None] * k_d, mask=m_t[None, :] & m_d[:, None], other=0.0
-        )
-        b_v = tl.load(
-            v + o_t[:, None].to(tl.int64) * v_t + o_v[None, :] * v_d, mask=m_t[:, None] & m_v[None, :], other=0.0
-        )
-        if UPCAST:
-            b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+    b_sum, b_out = tl.zeros([BR], tl.float32), tl.zeros([BR, BV], tl.float32)
+    for t in range(0, n, BT):
+        o_t = t + tl.arange(0, BT)
+        m_t = o_t < n
+        b_k = _load(k, o_d * k_d, m_d, o_t.to(tl.int64) * k_t, m_t, UPCAST)
         b_x = tl.dot(b_q, b_k, input_precision="ieee") * unit  # [BR, BT]
         if softcap is not None:
             b_x = softcap * (2 * tl.sigmoid(b_x) - 1)
         if bias is not None:
             # a mask would cost a branch an entry on AMD; what lies past the end is not seen
-            b_x += tl.load(bias + tl.minimum(o_t, end - 1))[None, :]
-        seen = (o_t[None, :] - b_low[:, None]).to(tl.uint32) < b_span[:, None]
-        b_x = tl.where(seen, b_x, float("-inf"))
+            b_x += tl.load(bias + tl.minimum(o_t, n - 1))[None, :]
+        b_x = tl.where((o_t[None, :] - b_low[:, None]).to(tl.uint32) < b_span[:, None], b_x, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_x, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p, b_fade = tl.exp(b_x - b_base[:, None]), tl.exp(b_max - b_base)
         b_sum = b_sum * b_fade + tl.sum(b_p, 1)
+        b_v = _load(v, o_t.to(tl.int64) * v_t, m_t, o_v * v_d, m_v, UPCAST)
         b_w = b_p.to(b_v.dtype)
         b_out = b_out * b_fade[:, None] + tl.dot(b_w, b_v, input_precision="ieee")
         if WHOLE:  # what rounding the weights left over

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcli.kernels.error import attend
 from kvcli.kernels.limit import must_start
 from kvcli.methods.kvmerger import kvmerger, kvmerger_score, protected
-from kvcli.kernels.error import attend
 from kvcli.registry import Ask, Scored
 from kvcli.snapshot import LayerKV, Stats
 
