@@ -58,9 +58,7 @@ def _key_mass(  # type: ignore[no-untyped-def]
     i_t, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_t, o_d = i_t.to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BD).to(tl.int64)
     m_t, m_d = o_t < T, o_d < D
-    b_k = tl.load(
-        k + i_h * k_h + o_t[:, None] * k_t + o_d[None, :] * k_d, mask=m_t[:, None] & m_d[None, :], other=0.0
-    )
+    b_k = tl.load(k + i_h * k_h + o_t[:, None] * k_t + o_d[None, :] * k_d, mask=m_t[:, None] & m_d[None, :], other=0.0)
     if UPCAST:
         b_k = b_k.to(tl.float32)
     b_mass = tl.zeros([BT, BR], tl.float32)
@@ -88,7 +86,7 @@ def _key_mass(  # type: ignore[no-untyped-def]
 def attention_mass_fused(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool, softcap: float | None = None
 ) -> Tensor:  # [H, T] float32
-    """The same in one Triton kernel: a program owns BT keys and stores once. In the triangle the longest start first."""
+    """The same in one Triton kernel; in the triangle the programs that walk the most queries start first."""
     (Hq, M, D), (H, T, _) = q.shape, k.shape
     mass = torch.empty(H, T, device=k.device)
     sizes = (scale, softcap, Hq // H, M, T, *q.stride(), *k.stride())
@@ -143,8 +141,9 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     H, G, T, D = case["H"], case["G"], case["T"], case["D"]
     M, causal = case.get("M") or T, case.get("M") is None
     generator = torch.Generator().manual_seed(seed)
-    q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
-    k = random((H, T, D), dtype, generator)
+    loud = 50 if case.get("loud") else 1  # logits of 1e4
+    q = random((M, H * G, D), dtype, generator).transpose(0, 1) * loud  # strides as the model gives them
+    k = random((H, T, D), dtype, generator) * loud
     more = torch.ones(M, 1)  # one more logit, so that a query's masses do not add up to 1
     rows = zip(q.float(), k.float().mT.repeat_interleave(G, 0), strict=True)
     lse = torch.stack([torch.cat([one @ keys * D**-0.5, more], -1).logsumexp(-1) for one, keys in rows])
@@ -172,7 +171,9 @@ attention_mass = Op(
         {"H": 2, "G": 3, "T": 65, "D": 64},
         {"H": 3, "G": 2, "T": 129, "D": 20},
         {"H": 2, "G": 1, "T": 2, "D": 80, "M": 63},
-        {"H": 1, "G": 4, "T": 517, "D": 64, "M": 129},
-        {"H": 2, "G": 2, "T": 65, "D": 16, "softcap": 2.0},
+        {"H": 1, "G": 4, "T": 65, "D": 64, "M": 129},
+        {"H": 1, "G": 4, "T": 1999, "D": 64, "M": 5},
+        {"H": 2, "G": 2, "T": 63, "D": 16, "M": 2, "softcap": 2.0},
+        {"H": 2, "G": 7, "T": 63, "D": 96, "loud": True},
     ),
 )
