@@ -154,6 +154,5 @@ def _blocks(rows: int, W: int, D: int, itemsize: int) -> tuple[dict[str, int], d
     BD = max(16, triton.next_power_of_2(D))
     own, meet = (32, 16) if itemsize == 4 else (128 if BD <= 128 else 64, 64)
     both = {"D": D, "BD": BD, "num_stages": 2, "enable_fp_fusion": True}
-    BR = [min(most, max(16, triton.next_power_of_2(n))) for most, n in ((own, rows), (meet, W))]
-    lse = {**both, "BR": BR[0], "BT": meet, "num_warps": max(4, own // 16)}
-    return lse, {**both, "BR": BR[1], "BT": own, "num_warps": 8}
+    lse = {**both, "BR": own if rows > 16 else 16, "BT": meet, "num_warps": max(4, own // 16)}
+    return lse, {**both, "BR": 16 if itemsize == 4 or W <= 16 else 32, "BT": own, "num_warps": 8}
