@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .op import Op, random
+from .flash import Part, flash_fused
+from .launch import triton
+from .op import Op, random, strained
 
 BLOCK = 64  # queries at once in the reference
 FEW = 32  # queries that a flash call takes as one block
 SHORT = 512  # entries that are not worth another piece
 MOST = 8  # pieces that are worth their joining
-
-Part = tuple[Tensor, Tensor]  # outputs and their LSE
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -53,6 +53,13 @@ def dense_attention_cpu(
     rows = q.reshape(len(k), 1, -1, q.shape[-1])
     out, lse = join(unbound(pieces(rows, k, v, bias, scale, count_pieces(len(k), rows.shape[2], k.shape[1]))))
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def dense_attention_fused(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """The same in Triton."""
+    return flash_fused(q, k, v, scale, bias=bias)
 
 
 def pieces(
@@ -119,6 +126,7 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
     k, v = (random((H, 2 * T, size), dtype, generator)[:, :T] for size in (D, case.get("Dv", D)))  # a growing buffer
     bias = random((H, T), torch.float32, generator) if case["bias"] else None
+    q, bias = strained(case, q, bias)
     return q, k, v, bias, D**-0.5
 
 
@@ -141,15 +149,18 @@ dense_attention = Op(
     name="dense_attention",
     ref=dense_attention_ref,
     cpu=dense_attention_cpu,
+    fused=dense_attention_fused if triton else None,
     inputs=_inputs,
     usual={"H": 8, "G": 4, "M": 1024, "T": 32768, "D": 128, "bias": False},
-    variants=({}, {"bias": True}),
+    variants=({}, {"bias": True}, {"M": 1}),
     cost=_cost,
     cases=(
         {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False},
         {"H": 3, "G": 3, "M": 1, "T": 129, "D": 64, "bias": True},
         {"H": 2, "G": 2, "M": 65, "T": 517, "D": 64, "bias": False},
+        {"H": 2, "G": 2, "M": 9, "T": 2003, "D": 16, "bias": True},
         {"H": 2, "G": 4, "M": 5, "T": 63, "D": 80, "bias": True},
-        {"H": 2, "G": 2, "M": 3, "T": 65, "D": 24, "Dv": 16, "bias": True},
+        {"H": 2, "G": 2, "M": 3, "T": 65, "D": 24, "Dv": 16, "bias": True, "far": True},
+        {"H": 2, "G": 1, "M": 2, "T": 65, "D": 64, "bias": False, "loud": True},
     ),
 )

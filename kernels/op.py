@@ -53,3 +53,10 @@ class Op:
 def random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Seeded normal numbers in any dtype."""
     return torch.randn(*shape, generator=generator, dtype=torch.float32).to(dtype)
+
+
+def strained(case: Mapping[str, Any], q: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Queries whose logits reach 1e4 in a `loud` case, and some biases of -1e9 in a `far` one."""
+    if bias is not None and case.get("far"):
+        bias[..., 1::3] = -1e9
+    return q * 3000 if case.get("loud") else q, bias

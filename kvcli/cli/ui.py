@@ -88,25 +88,30 @@ def current() -> Ui:
     return Ui(**click.get_current_context().meta.get("kvcli.ui", {}))
 
 
+def device_option(command: F) -> F:
+    """--device."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        envvar="KVCLI_DEVICE",
+        help="auto is cuda if there is one.",
+    )(command)
+
+
 def model_options(command: F) -> F:
     """--model, --device and --dtype."""
-    for option in (
+    for add in (
         click.option(
             "--dtype",
             type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
             envvar="KVCLI_DTYPE",
             help="Precision to compute in.",
         ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            envvar="KVCLI_DEVICE",
-            help="auto is cuda if there is one.",
-        ),
+        device_option,
         click.option("--model", envvar="KVCLI_MODEL", metavar="FOLDER|ID", help="A model folder or hub id."),
     ):
-        command = option(command)
+        command = add(command)
     return command
 
 
