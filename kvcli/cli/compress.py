@@ -12,7 +12,7 @@ import click
 from ..errors import UsageError
 from . import streams
 from .names import METHODS
-from .ui import Ui, complete_after, current, output_options, peak_memory, size
+from .ui import Ui, complete_after, current, output_options, peak_memory, size, uses_kernels
 
 if TYPE_CHECKING:
     from ..budget import Budget
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @click.option("--keep-stats", is_flag=True, help="Keep the statistics, so that the result can be compressed further.")
 @click.option("--dry-run", is_flag=True, help="Say what would be kept and its size; write nothing.")
 @output_options
+@uses_kernels
 def command(file: str | None, method: str, budget: tuple[str, ...], **options: Any) -> None:
     """Keep the entries that matter, merge or drop the rest, and say what it cost.
 
