@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import triton
+from .launch import interpreted, triton
 
 Fn = Callable[..., Any]
 
@@ -49,6 +49,10 @@ class Op:
         chosen = self.path(args)
         return "ref" if chosen is self.ref else "cpu" if chosen is self.cpu else "triton"
 
+    def at(self, tokens: int) -> Mapping[str, Any]:
+        """The usual case with another T, where it has one."""
+        return {**self.usual, "T": tokens} if "T" in self.usual else self.usual
+
 
 def forced() -> str:
     """What KVCLI_KERNELS says, "" by default; a ValueError if that is none of the twins."""
@@ -64,7 +68,7 @@ def check_forced() -> None:
         return
     if triton is None:
         raise ValueError("KVCLI_KERNELS=triton: Triton is not installed, write ref or cpu")
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if not torch.cuda.is_available() and not interpreted():
         raise ValueError(
             "KVCLI_KERNELS=triton: there is no CUDA device, write ref or cpu, or set TRITON_INTERPRET=1 too"
         )
