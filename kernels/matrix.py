@@ -50,10 +50,15 @@ def compile_all(tasks: Sequence[Task]) -> Iterator[list[Built | Failed]]:
     if jobs < 2:
         yield from map(compile_one, tasks)
         return
-    with ProcessPoolExecutor(jobs, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+    with ProcessPoolExecutor(jobs, context) as pool:
+        # processes begun now are deaf to Ctrl-C, even while they import: it is for us to end them
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        running = [pool.submit(compile_one, task) for task in tasks]
+        signal.signal(signal.SIGINT, before)
         try:
-            yield from pool.map(compile_one, tasks)
-        except BaseException:  # Ctrl-C: nobody waits for what is being compiled
+            for job in running:
+                yield job.result()
+        except BaseException:  # nobody waits for what is being compiled
             for child in active_children():
                 child.terminate()
             raise

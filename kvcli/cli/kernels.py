@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +14,8 @@ from .ui import Ui, complain, current, output_options, size, uses_kernels
 if TYPE_CHECKING:
     import torch
 
+    from ..kernels.build import Built
+    from ..kernels.matrix import Failed
     from ..kernels.op import Op
 
 SCHEMA, LAYERS = "kvcli.kernels/1", 32
@@ -119,34 +120,36 @@ def _floor_cells(row: Row) -> list[str]:
 def _compile(ui: Ui, ops: "Sequence[Op]", targets: Sequence[str], every: bool) -> int:
     from dataclasses import asdict
 
-    from ..kernels.build import Built
-    from ..kernels.matrix import fits
-
     found = _compiled(ui, ops, targets)
     rows = [asdict(one) for one in found]
     ui.result(SCHEMA, {"rows": rows})
     if not ui.as_json:
-        head = [
-            "op",
-            "kernel",
-            "target",
-            "case",
-            "registers",
-            "spills",
-            "shared",
-            "products" if every else "16-bit products",
-        ]
+        products = "products" if every else "16-bit products"
+        head = ["op", "kernel", "target", "case", "registers", "spills", "shared", products]
         plain("registers a thread, shared memory a block", [head, *_compiled_cells(rows, every)], left=4)
-    failed = [row for row in rows if "failed" in row]
-    for row in failed:
-        complain(f"{_title(row)} {row['case']} failed to compile: {row['failed'].splitlines()[-1]}")
-    bad = [asdict(one) for one in found if isinstance(one, Built) and not fits(one)]
-    for name, some in groupby(bad, key=_title):
-        complain(f"{name} spills or needs more shared memory than there is: {', '.join(row['case'] for row in some)}")
+    return _judged(found)
+
+
+def _judged(found: "Sequence[Built | Failed]") -> int:
+    """The exit code, and a line for everything that is behind it."""
+    from ..kernels.build import Built
+    from ..kernels.matrix import Failed, fits
+
+    failed = [one for one in found if isinstance(one, Failed)]
+    for one in failed:
+        complain(f"{_title(one)} {one.case} failed to compile: {one.failed.splitlines()[-1]}")
+    bad = [one for one in found if isinstance(one, Built) and not fits(one)]
+    for name in dict.fromkeys(map(_title, bad)):
+        cases = ", ".join(one.case for one in bad if _title(one) == name)
+        complain(f"{name} spills or needs more shared memory than there is: {cases}")
     return GateError.exit_code if bad else KvError.exit_code if failed else 0
 
 
-def _compiled(ui: Ui, ops: "Sequence[Op]", targets: Sequence[str]) -> list[Any]:
+def _title(one: "Built | Failed") -> str:
+    return f"{one.op} {one.kernel} on {one.target}"
+
+
+def _compiled(ui: Ui, ops: "Sequence[Op]", targets: Sequence[str]) -> "list[Built | Failed]":
     from concurrent.futures.process import BrokenProcessPool
 
     from ..kernels.launch import interpreted, triton
@@ -158,7 +161,8 @@ def _compiled(ui: Ui, ops: "Sequence[Op]", targets: Sequence[str]) -> list[Any]:
         )
     if interpreted():
         raise UsageError("nothing can be compiled with TRITON_INTERPRET=1", fix="unset it")
-    todo, found = tasks(ops, targets), []
+    todo = tasks(ops, targets)
+    found: list[Built | Failed] = []
     try:
         with ui.progress("compiling") as tick:
             for done, some in enumerate(compile_all(todo), 1):
@@ -168,10 +172,6 @@ def _compiled(ui: Ui, ops: "Sequence[Op]", targets: Sequence[str]) -> list[Any]:
         fix = "name OPs to find the one it is"
         raise KvError("a process that compiles died", "by a bug of its compiler, or for want of memory", fix) from cause
     return found
-
-
-def _title(row: Row) -> str:
-    return f"{row['op']} {row['kernel']} on {row['target']}"
 
 
 def _compiled_cells(rows: Sequence[Row], every: bool) -> Iterator[list[str]]:
