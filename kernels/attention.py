@@ -146,8 +146,10 @@ def _lens(case: Mapping[str, Any]) -> list[int]:
 
 def _ragged_cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
     lens = _lens(case)
-    entries = sum(lens) + len(lens) * case.get("S", 0)
-    return attention_cost(case, itemsize, entries, entries * case["G"] * case["M"])
+    new = len(lens) * case.get("S", 0)  # without biases
+    entries = sum(lens) + new
+    moved, flops = attention_cost(case, itemsize, entries, entries * case["G"] * case["M"])
+    return moved - (4 * new if case["bias"] else 0), flops
 
 
 def _causal_cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:

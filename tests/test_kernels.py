@@ -11,6 +11,7 @@ import pytest
 import torch
 from compare import DTYPES, EXACT, QUICK, Results, check, each, error, results, strided, tolerance
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from kvcli.kernels.adjacent import adjacent_cosine
 from kvcli.kernels.attention import causal_attention, ragged_attention
@@ -189,6 +190,18 @@ def test_the_twin_is_the_reference(op: Op, case: Mapping[str, Any], dtype: torch
     assert [part.dtype for part in once] == [part.dtype for part in want]
     check(once, want, tolerance(case, EXACT if dtype is torch.float32 else QUICK))
     assert all(map(torch.equal, once, results(op, args)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_the_cost_is_every_byte_once(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
+    args = op.inputs(case, dtype, seed=7)
+    parts = [*tree_leaves(args), *results(op.ref, args)]
+    if op is take_rows:  # it reads the rows that are named, some of them twice
+        k, v, index = args
+        parts[:2] = (part.flatten(0, -2)[index[index >= 0]] for part in (k, v))
+    whole = sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
+    assert op.cost(case, dtype.itemsize)[0] == whole
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
