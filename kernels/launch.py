@@ -18,7 +18,7 @@ except ImportError:
     triton = tl = None  # no wheel for this system: ref and cpu remain
 
 
-__all__ = ["Kernel", "Launch", "helper", "recorded", "run", "tl", "triton"]
+__all__ = ["Kernel", "Launch", "helper", "interpreted", "recorded", "run", "tl", "triton"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Kernel:
 def helper(fn: Callable[..., Any]) -> Any:
     """A function that kernels call."""
     return triton.jit(fn) if triton else fn
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 stands in for a card."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def run(launch: Launch) -> None:

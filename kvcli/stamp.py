@@ -1,8 +1,7 @@
-"""Where numbers come from: versions, the commit, and the processor they were measured on."""
+"""Where numbers come from: versions, and the processor they were measured on."""
 
 import os
 import platform
-import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +21,12 @@ def stamp(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """That of the checkout this code is run from; None where it was installed."""
+    """The commit of the checkout this is run from, with -dirty where files differ; None where it was installed."""
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists() or shutil.which("git") is None:
+    if not (root / ".git").exists():
         return None
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root)
+    describe = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(describe, capture_output=True, text=True, cwd=root, check=False)
     return done.stdout.strip() or None
 
 

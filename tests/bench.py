@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcli.cli.tables import print_tables
-from kvcli.stamp import commit, stamp
+from kvcli.stamp import commit
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "samples/bench.jsonl"
@@ -43,6 +43,7 @@ def measured(kind: str) -> list[dict[str, Any]]:
     from ratios import ratios
 
     from kvcli.model.load import load
+    from kvcli.stamp import stamp
 
     model = load(None, dtype="bfloat16")
     return [{**row, **stamp(model.device)} for row in ratios(model)]

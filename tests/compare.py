@@ -1,4 +1,4 @@
-"""What tests of ops share: dtypes, arguments changed, and results held against each other."""
+"""Results of ops held against each other, with a tolerance for each dtype."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from kvcli.kernels.compare import EXACT, QUICK, error, results
+from kvcli.kernels.close import EXACT, QUICK, error, results
 
-__all__ = ["DTYPES", "EXACT", "LOUD", "QUICK", "Results", "check", "each", "error", "results", "strided", "tolerance"]
+__all__ = ["DTYPES", "EXACT", "QUICK", "check", "each", "error", "results", "strided"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # At 1e4 a float32 logit has a unit in the last place of 1e-3, and weights are exponentials of such logits.

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from kvcli.kernels.adjacent import adjacent_cosine
 from kvcli.kernels.attention import causal_attention, ragged_attention
 from kvcli.kernels.dense import count_pieces, dense_attention, join
-from kvcli.kernels.error import output_error
 from kvcli.kernels.mass import attention_mass
 from kvcli.kernels.op import Fn, Op
 from kvcli.kernels.runs import merge_runs
@@ -193,18 +192,16 @@ def test_the_twin_is_the_reference(op: Op, case: Mapping[str, Any], dtype: torch
     assert all(map(torch.equal, once, results(op, args)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_costs_are_the_bytes_of_arguments_and_results(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
-    args = op.inputs(case, dtype, seed=1)
-    read = list(args)
-    if op is take_rows:  # of these only the rows that are named
-        *rows, index = args
-        read = [index, *(part.flatten(0, -2)[index[index >= 0]] for part in rows)]
-    tensors = [part for part in tree_leaves([read, results(op, args)]) if isinstance(part, Tensor)]
-    moved = sum(part.numel() * part.element_size() for part in tensors)
-    # Which entries are evicted is drawn by lot, and heads are padded to the longest.
-    assert op.cost(case, dtype.itemsize)[0] == pytest.approx(moved, rel=0.2 if op is output_error else 0)
+def test_the_cost_is_every_byte_once(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
+    args = op.inputs(case, dtype, seed=7)
+    parts = [*tree_leaves(args), *results(op.ref, args)]
+    if op is take_rows:  # it reads the rows that are named, some of them twice
+        k, v, index = args
+        parts[:2] = (part.flatten(0, -2)[index[index >= 0]] for part in (k, v))
+    whole = sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
+    assert op.cost(case, dtype.itemsize)[0] == whole
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -1,8 +1,12 @@
-"""kvcli kernels: floors, what is compiled and timed, what is refused; and KVCLI_KERNELS, which forces a path."""
+"""kvcli kernels: costs, kernels compiled for cards, times beside a copy, and what it refuses."""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from multiprocessing import active_children
 from typing import Any
 
 import pytest
@@ -10,260 +14,246 @@ import torch
 from card import CARD, OneCard
 from torch import Tensor
 
+from kvcli.cli import kernels as cli
 from kvcli.cli import run
-from kvcli.cli.compiled import TARGETS
-from kvcli.cli.kernels import read_bandwidth
 from kvcli.errors import UsageError
-from kvcli.kernels import build, matrix, timing
-from kvcli.kernels.adjacent import adjacent_cosine
+from kvcli.kernels import build, launch, matrix, table, timing
+from kvcli.kernels.build import SHARED, Built
+from kvcli.kernels.launch import Kernel, tl
 from kvcli.kernels.op import Op
 from kvcli.kernels.table import OPS
 from kvcli.kernels.take import take_rows
-from kvcli.kernels.window import window_scores
 
-NAMES = {"op", "kernel", "case", "target", "registers", "spills", "shared", "dot"}
-GOOD = build.Built("take_rows", "copy_rows", "D=64 bf16", "sm_90", 40, 0, 0, "")
-Seen = tuple[dict[str, Any], str]
+needs_triton = pytest.mark.skipif(launch.triton is None, reason="no Triton for this system")
+USING = ("prefill x", "compress x -m random -b 9", "resume x -p y", "eval x", "bench x", "diff x y", "kernels")
 
 
-@pytest.fixture
-def asked(capsys: pytest.CaptureFixture[str]) -> Callable[..., Seen]:
-    """Runs `kvcli kernels`; gives the JSON and what is said on stderr."""
-
-    def ask(line: str, code: int = 0) -> Seen:
-        capsys.readouterr()
-        assert run(["kernels", "--json", *line.split()]) == code
-        seen = capsys.readouterr()
-        assert "Traceback" not in seen.err
-        return json.loads(seen.out), seen.err
-
-    return ask
+def found(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    """The object on stdout, and stderr."""
+    capsys.readouterr()
+    assert run(["kernels", *line.split(), "--json"]) == code
+    seen = capsys.readouterr()
+    assert "Traceback" not in seen.err
+    return json.loads(seen.out), seen.err
 
 
 @pytest.fixture
-def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """As if there were no other ops, and no time to waste on them."""
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
-    return lambda *ops: monkeypatch.setattr("kvcli.kernels.table.OPS", ops)
-
-
-def test_floors_are_bytes_by_bandwidth(asked: Callable[..., Seen], capsys: pytest.CaptureFixture[str]) -> None:
-    facts, _ = asked("--bandwidth 2TB/s")
-    assert facts["schema"] == "kvcli.kernels/1" and [row["op"] for row in facts["rows"]] == [op.name for op in OPS]
-    for row, op in zip(facts["rows"], OPS, strict=True):
-        assert (row["bytes"], row["flops"]) == op.cost(op.usual, 2)
-        assert row["floor_s"] == row["bytes"] / 2e12
-        assert row["path"] in ("ref", "cpu", "triton")
-    assert run(["kernels", "--bandwidth", "2TB/s"]) == 0
-    assert "window_scores" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("text", "speed"), [("3.35TB/s", 3.35e12), ("900 GB/s", 9e11), ("1kb", 1e3), ("7B/s", 7.0), ("0.5MB/s", 5e5)]
-)
-def test_bandwidths(text: str, speed: float) -> None:
-    assert read_bandwidth(text) == pytest.approx(speed)
-
-
-@pytest.mark.parametrize("text", ["", "3.35", "TB/s", "0GB/s", "-1GB/s", "nanTB/s", "1GiB/s", "1GB/h", "1e9B/s"])
-def test_what_is_no_bandwidth(text: str) -> None:
-    with pytest.raises(UsageError, match="bandwidth"):
-        read_bandwidth(text)
-
-
-@pytest.mark.parametrize(
-    "line", ["--compile --bench", "--all", "--target sm_90", "--tokens 9", "--compile --target sm_1", "--bandwidth x"]
-)
-def test_options_that_do_not_fit(asked: Callable[..., Seen], line: str) -> None:
-    assert asked(line, 2)[0]["error"]["code"] == 2
-
-
-def test_targets_are_those_that_can_be_built() -> None:
-    assert set(TARGETS) == build.TARGETS.keys() == build.SHARED.keys()
-
-
-@pytest.mark.slow
-def test_one_op_is_compiled_in_processes(
-    asked: Callable[..., Seen], only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    only(take_rows)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, one size, and few runs."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     monkeypatch.setattr(matrix, "SIZES", (64,))
-    rows = asked("--compile --target sm_90")[0]["rows"]
-    assert [row["case"] for row in rows] == ["D=64 bf16", "D=64 fp32"]
-    for row in rows:
-        assert row.keys() == NAMES and row["kernel"] == "copy_rows" and row["registers"] > 0 == row["spills"]
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
 
 
-@pytest.mark.parametrize(
-    ("row", "code", "says"),
-    [
-        (GOOD, 0, ""),
-        (replace(GOOD, spills=8), 7, "spilled by take_rows: copy_rows for sm_90"),
-        (replace(GOOD, target="gfx942", shared=65537), 7, "shared memory than there is by take_rows: copy_rows"),
-        (matrix.Failed("take_rows", "copy_rows", "D=64 bf16", "sm_80", "Sad: no"), 1, "copy_rows for sm_80 does not"),
-    ],
-)
-def test_the_verdict_on_what_was_built(
-    asked: Callable[..., Seen],
+@Kernel
+def _nonsense(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(x, nowhere + D)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _start_nonsense(k: Tensor, v: Tensor, index: Tensor) -> None:
+    _nonsense[1,](k, D=k.shape[-1], enable_fp_fusion=True)
+
+
+def _raise(*args: Any) -> None:
+    raise RuntimeError("half\nway")
+
+
+def _off(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    new_k, new_v = take_rows.ref(k, v, index)
+    new_k[-1] = 0  # the last row is not written
+    return new_k, new_v
+
+
+def use(monkeypatch: pytest.MonkeyPatch, *ops: Op) -> None:
+    monkeypatch.setattr(table, "OPS", ops)
+
+
+def test_bandwidths() -> None:
+    for text, speed in {"3.35TB/s": 3.35e12, "900 GB/s": 9e11, " 1kb/S": 1e3, "7 b/s": 7, "0.5MB/s": 5e5}.items():
+        assert cli.bandwidth(text) == pytest.approx(speed)
+    for text in ("", "3.35", "3.35TB", "TB/s", "0TB/s", "-1GB/s", "1e3GB/s", "5GiB/s", "1,5GB/s", "9" * 400 + "TB/s"):
+        with pytest.raises(UsageError, match="is not a bandwidth"):
+            cli.bandwidth(text)
+    assert run(["kernels", "--bandwidth", "fast"]) == 2
+
+
+def test_floors_are_bytes_over_bandwidth(capsys: pytest.CaptureFixture[str]) -> None:
+    facts, _ = found(capsys, "--bandwidth 2TB/s --tokens 4096")
+    assert facts["schema"] == "kvcli.kernels/1" and [row["op"] for row in facts["rows"]] == [op.name for op in OPS]
+    for op, row in zip(OPS, facts["rows"], strict=True):
+        assert row["case"] == op.usual | ({"T": 4096} if "T" in op.usual else {})
+        assert (row["bytes"], row["flops"]) == op.cost(row["case"], 2)
+        assert row["floor_s"] == row["bytes"] / 2e12 and row["path"] in ("ref", "cpu")
+    assert run(["kernels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    floor = take_rows.cost(take_rows.usual, 2)[0] / 3.35e12
+    (line,) = [line for line in lines if line.startswith("take_rows")]
+    assert line.split()[-4:] == [f"{floor * 1e6:.1f}", "µs", f"{floor * 32e3:.2f}", "ms"]
+    assert run(["kernels", "nothing"]) == 2
+    assert "take_rows" in capsys.readouterr().err
+
+
+def test_targets_are_those_that_can_be_compiled_for() -> None:
+    assert tuple(build.TARGETS) == cli.TARGETS == tuple(SHARED)
+
+
+@needs_triton
+def test_one_kernel_for_one_target(capsys: pytest.CaptureFixture[str], quick: None) -> None:
+    facts, err = found(capsys, "take_rows --compile --target sm_90")
+    assert facts.keys() == {"schema", "rows"} and not err
+    assert [row["case"] for row in facts["rows"]] == ["D=64 bf16", "D=64 fp32"]
+    for row in facts["rows"]:
+        assert list(row) == [field.name for field in fields(Built)]
+        assert (row["op"], row["kernel"], row["target"], row["spills"]) == ("take_rows", "copy_rows", "sm_90", 0)
+        assert 0 < row["registers"] <= 255
+    for line, name in (("", "2 cases"), ("--all", "D=64 fp32")):
+        assert run(f"kernels take_rows --compile --target sm_90 {line}".split()) == 0
+        assert name in capsys.readouterr().out
+
+
+@needs_triton
+@pytest.mark.parametrize(("spills", "shared"), [(8, 0), (0, SHARED["gfx942"] + 1)])
+def test_kernels_that_do_not_fit_are_named(
+    spills: int, shared: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    monkeypatch.setattr(
+        matrix, "build", lambda op, label, one, target: Built(op.name, "it", label, target, 9, spills, shared, "")
+    )
+    facts, err = found(capsys, "take_rows --compile --target gfx942 --target sm_100", 7)
+    assert [row["spills"] for row in facts["rows"]] == [spills] * 4
+    assert "take_rows it on gfx942" in err and "D=64 bf16, D=64 fp32" in err
+    assert ("sm_100" in err) == bool(spills)
+    assert run("kernels take_rows --compile --target gfx942".split()) == 7
+    assert f" {2 * spills} " in capsys.readouterr().out
+
+
+@needs_triton
+def test_what_cannot_be_compiled_leaves_the_rest_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    broken = replace(take_rows, name="broken", fused=_start_nonsense)
+    use(monkeypatch, broken, replace(broken, name="raises", fused=_raise), take_rows)
+    facts, err = found(capsys, "--compile --target sm_90", 1)
+    failed = {row["op"]: row for row in facts["rows"] if "failed" in row}
+    assert "nowhere" in failed["broken"]["failed"] and failed["broken"]["kernel"] == "nonsense"
+    assert failed["raises"]["failed"] == "RuntimeError: half\nway" and failed["raises"]["kernel"] == ""
+    assert [row["op"] for row in facts["rows"] if "spills" in row] == ["take_rows"] * 2
+    assert "broken nonsense on sm_90" in err and "way" in err
+    assert run("kernels --compile --target sm_90".split()) == 1
+    assert "failed" in capsys.readouterr().out
+
+
+@needs_triton
+@pytest.mark.slow
+def test_processes_give_the_same_rows_in_order_and_end_when_they_are_not_wanted(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    row: Any,
-    code: int,
-    says: str,
 ) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(matrix, "matrix", lambda ops, targets, tick: [GOOD, row])
-    facts, told = asked("--compile", code)
-    assert len(facts["rows"]) == 2 and facts["rows"][0].keys() == NAMES
-    assert says in told if says else not told
-    for more in ([], ["--all"]):
-        assert run(["kernels", "--compile", *more]) == code
-        assert "copy_rows" in capsys.readouterr().out
+    monkeypatch.setattr(matrix, "SIZES", (64,))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    todo = matrix.tasks([take_rows], ["sm_80", "sm_90"])
+    running = matrix.compile_all(todo)
+    first = next(running)
+    assert [first, *running] == [matrix.compile_one(task) for task in todo]
+    running = matrix.compile_all(todo)
+    next(running)
+    with pytest.raises(KeyboardInterrupt):
+        running.throw(KeyboardInterrupt)
+    assert not active_children()
 
 
-def test_a_kernel_that_does_not_compile_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-
-    def built(op: Op, label: str, launch: Any, target: str) -> build.Built:
-        if launch.kernel.name == "slice_lse":
-            raise RuntimeError("no such instruction\nand more")
-        return GOOD
-
-    monkeypatch.setattr(matrix, "build", built)
-    rows = matrix.compile_cell(window_scores, 64, torch.bfloat16, "sm_90")
-    failed = [row for row in rows if isinstance(row, matrix.Failed)]
-    assert len(failed) == len(window_scores.variants) and GOOD in rows
-    assert {row.failed for row in failed} == {"RuntimeError: no such instruction"}
+def test_jobs_that_make_no_sense(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(["kernels", "--compile", "--bench"]) == run(["kernels", "--target", "sm_90"]) == 2
+    assert run(["kernels", "--compile", "--target", "sm_70"]) == 2
+    if launch.triton:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert run(["kernels", "--compile"]) == run(["kernels", "--bench"]) == 2
+        assert "TRITON_INTERPRET" in capsys.readouterr().err
+    monkeypatch.setattr(launch, "triton", None)
+    assert run(["kernels", "--compile"]) == 6
+    assert "Triton is not installed" in capsys.readouterr().err
 
 
-def test_nothing_is_compiled_without_triton(asked: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcli.kernels.launch.triton", None)
-    assert "Triton is not installed" in asked("--compile", 6)[1]
-
-
-def test_nothing_is_compiled_in_the_interpreter(asked: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "unset it" in asked("--compile", 2)[1]
-
-
-def test_ops_are_timed_beside_a_copy(
-    asked: Callable[..., Seen], only: Callable[..., None], capsys: pytest.CaptureFixture[str]
+def test_times_of_what_is_its_reference(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    only(adjacent_cosine, take_rows)
-    facts, _ = asked("--bench --tokens 65")
-    assert {"torch", "triton", "device", "processor", "commit"} <= facts["config"].keys()
-    for row, op in zip(facts["rows"], (adjacent_cosine, take_rows), strict=True):
-        moved, _ = op.cost({**op.usual, "T": 65}, 2)
-        assert (row["op"], row["dtype"], row["tokens"]) == (op.name, "bf16", 65) and row["error"] <= 4e-3
-        assert 0 < row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
-        assert row["gb_s"] == pytest.approx(moved / row["ms"]["p50"] / 1e6)
-        assert row["of_copy"] == pytest.approx(row["gb_s"] / row["copy_gb_s"])
-    assert run("kernels --bench --tokens 65".split()) == 0
-    assert "adjacent_cosine" in capsys.readouterr().out
+    planted = replace(take_rows, name="planted", cpu=_off)
+    use(monkeypatch, planted, replace(planted, name="raises", cpu=_raise), take_rows)
+    facts, err = found(capsys, "--bench --tokens 65", 7)
+    missed, failed, sound = facts["rows"]
+    assert missed["error"] > 4e-3 and "ms" not in missed and "planted (cpu) is not its reference" in err
+    assert failed["failed"] == "RuntimeError: half\nway" and "raises failed: RuntimeError: half" in err
+    assert sound["error"] == 0 and (sound["path"], sound["dtype"], sound["tokens"]) == ("cpu", "bf16", 65)
+    assert 0 < sound["ms"]["p20"] <= sound["ms"]["p50"] <= sound["ms"]["p80"]
+    moved = take_rows.cost(take_rows.at(65), 2)[0]
+    assert sound["gb_s"] == pytest.approx(moved / sound["ms"]["p50"] / 1e6)
+    assert sound["of_copy"] == pytest.approx(sound["gb_s"] / sound["copy_gb_s"])
+    assert {"torch", "triton", "processor", "commit"} <= sound.keys()
+    assert run("kernels --bench --tokens 65".split()) == 7
+    assert "not timed" in capsys.readouterr().out
+    assert run("kernels raises --bench --tokens 65".split()) == 1
+    assert run("kernels take_rows --bench --tokens 65".split()) == 0
 
 
-def last_is_wrong(k: Tensor) -> Tensor:
-    out: Tensor = adjacent_cosine.ref(k)
-    out[:, -1] += 0.01
-    return out
-
-
-def too_short(k: Tensor) -> Tensor:
-    out: Tensor = adjacent_cosine.ref(k)
-    return out[:, 1:]
-
-
-def not_a_number(k: Tensor) -> Tensor:
-    return torch.full_like(adjacent_cosine.ref(k), torch.nan)
-
-
-@pytest.mark.parametrize("twin", [last_is_wrong, too_short, not_a_number])
-def test_what_differs_from_its_reference_is_not_timed(
-    asked: Callable[..., Seen], only: Callable[..., None], twin: Callable[[Tensor], Tensor]
+def test_results_of_another_shape_are_an_error_without_a_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    only(replace(adjacent_cosine, cpu=twin), take_rows)
-    facts, told = asked("--bench --tokens 65", 7)
-    wrong, right = facts["rows"]
-    assert wrong["matches"] is False and "ms" not in wrong and "ms" in right
-    assert "adjacent_cosine was not timed" in told
-    assert (wrong["error"] is None) == (twin is not last_is_wrong)
-
-
-def test_an_op_that_fails_is_a_row(asked: Callable[..., Seen], only: Callable[..., None]) -> None:
-    def fails(*args: Any) -> None:
-        raise RuntimeError("no memory left")
-
-    only(replace(take_rows, cpu=fails), adjacent_cosine)
-    facts, told = asked("--bench --tokens 65", 1)
-    assert facts["rows"][0] == {"op": "take_rows", "failed": "RuntimeError: no memory left"}
-    assert "ms" in facts["rows"][1] and "take_rows was not timed" in told
+    use(monkeypatch, replace(take_rows, cpu=lambda k, v, index: take_rows.ref(k, v, index[1:])))
+    facts, _ = found(capsys, "--bench --tokens 65", 7)
+    assert facts["rows"][0]["error"] is None
 
 
 class Event:
-    """One of a card's, on the clock of this machine."""
+    """Time on a card that has none: a millisecond from each record to the next."""
 
-    clock = 0.0
+    now = 0
 
     def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
+        self.at = 0
 
     def record(self) -> None:
-        Event.clock += 1.0
-        self.at = Event.clock
+        Event.now += 1
+        self.at = Event.now
 
-    def elapsed_time(self, other: "Event") -> float:
-        return (other.at - self.at) * 1e3
+    def synchronize(self) -> None:
+        assert self.at
 
-
-def test_a_card_is_timed_between_events(monkeypatch: pytest.MonkeyPatch, interpreted: None) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(timing, "SECONDS", 0.0)
-    monkeypatch.setattr(timing, "FLUSH", 64)
-    small = replace(take_rows, usual={**take_rows.usual, "H": 2})
-    with torch.inference_mode(), OneCard():
-        row = timing.timed(small, 33, CARD)
-    assert row["path"] == "triton" and row["matches"] and row["error"] == 0.0
-    assert row["ms"] == {"p20": 1000.0, "p50": 1000.0, "p80": 1000.0} and row["of_copy"] == 1.0
+    def elapsed_time(self, end: Event) -> float:
+        return float(end.at - self.at)
 
 
-LINES = [
-    "prefill doc.txt --model none",
-    "compress none -m snapkv -b 20% -o x",
-    "resume none -p x",
-    "eval doc.txt --model none",
-    "bench doc.txt --model none",
-    "diff none none",
-    "kernels",
-]
-
-
-@pytest.mark.parametrize("line", LINES)
-@pytest.mark.parametrize("forced", ["fast", "triton"])
-def test_a_path_that_cannot_be_taken_is_refused(
-    line: str, forced: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+@needs_triton
+def test_on_a_card_its_kernels_are_timed_by_its_own_clock(
+    monkeypatch: pytest.MonkeyPatch, interpreted: None, quick: None
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "doc.txt").write_text("The ferry sailed.")
-    monkeypatch.setenv("KVCLI_KERNELS", forced)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "FLUSH", 1 << 10)
+    seen: list[Mapping[str, Any]] = []
+    with OneCard():
+        for op in (take_rows, replace(take_rows, fused=None), replace(take_rows, fused=_off)):
+            seen.append(timing.timed(op, CARD, 3))
+    assert [row["path"] for row in seen] == ["triton", "ref", "triton"]
+    assert [row.get("ms") for row in seen] == [{"p20": 1.0, "p50": 1.0, "p80": 1.0}] * 2 + [None]
+
+
+@pytest.mark.parametrize("line", USING)
+def test_a_path_that_is_not_to_be_had_is_refused(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCLI_KERNELS", "foo")
     assert run(line.split()) == 2
-    told = capsys.readouterr().err
-    assert f"KVCLI_KERNELS={forced}" in told and "unset it" in told
-
-
-@pytest.mark.parametrize("forced", ["", "ref", "cpu"])
-def test_other_paths_are_taken(forced: str, monkeypatch: pytest.MonkeyPatch, asked: Callable[..., Seen]) -> None:
-    monkeypatch.setenv("KVCLI_KERNELS", forced)
-    paths = {row["path"] for row in asked("")[0]["rows"]}
-    assert paths <= {"ref", "cpu"} and (forced != "ref" or paths == {"ref"})
-
-
-def test_triton_is_taken_in_the_interpreter(monkeypatch: pytest.MonkeyPatch, asked: Callable[..., Seen]) -> None:
-    pytest.importorskip("triton")
+    assert "KVCLI_KERNELS=foo: write ref, cpu or triton" in capsys.readouterr().err
+    assert run([line.split()[0], "--help"]) == 0
     monkeypatch.setenv("KVCLI_KERNELS", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    paths = {row["op"]: row["path"] for row in asked("")[0]["rows"]}
-    assert paths["take_rows"] == paths["window_scores"] == "triton"
+    assert run(line.split()) == 2
+    assert "write ref or cpu" in capsys.readouterr().err
+
+
+def test_the_path_that_is_asked_for_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVCLI_KERNELS", "ref")
+    assert {row["path"] for row in found(capsys, "")[0]["rows"]} == {"ref"}
+    if launch.triton:
+        monkeypatch.setenv("KVCLI_KERNELS", "triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert found(capsys, "take_rows")[0]["rows"][0]["path"] == "triton"

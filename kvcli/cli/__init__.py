@@ -27,8 +27,8 @@ COMMANDS = (
     "verify",
     "diff",
     "methods",
-    "doctor",
     "kernels",
+    "doctor",
     "completion",
 )
 

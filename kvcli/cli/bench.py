@@ -11,9 +11,8 @@ import click
 from ..errors import UsageError
 from . import streams
 from .documents import documents
-from .forced import check_kernels
 from .inputs import of_texts, on_texts, tasks_of
-from .ui import Ui, complain, current, grid_options, model_options, output_options, size
+from .ui import Ui, complain, current, grid_options, model_options, output_options, size, uses_kernels
 
 if TYPE_CHECKING:
     from ..bench import Bench
@@ -37,6 +36,7 @@ METHODS, BUDGETS = "snapkv+adakv,keydiff,kvmerger", "50%,20%"
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Times are medians of so many.")
 @model_options
 @output_options
+@uses_kernels
 def command(docs: tuple[str, ...], method: tuple[str, ...], budget: tuple[str, ...], **options: Any) -> None:
     """Compress documents by every recipe to every budget, and say what each takes and what it costs.
 
@@ -72,7 +72,6 @@ def _cells(ui: Ui, methods: Sequence[str], budgets: Sequence[str]) -> "list[Cell
         phase("loading torch")
         from ..recipe import grid
 
-        check_kernels()
     return grid(methods, budgets, BUDGETS)
 
 

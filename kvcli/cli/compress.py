@@ -10,9 +10,8 @@ import click
 
 from ..errors import UsageError
 from . import streams
-from .forced import check_kernels
 from .names import METHODS
-from .ui import Ui, complete_after, current, device_option, output_options, peak_memory, size
+from .ui import Ui, complete_after, current, device_option, output_options, peak_memory, size, uses_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Say what would be kept and its size; write nothing.")
 @device_option
 @output_options
+@uses_kernels
 def command(file: str | None, method: str, budget: tuple[str, ...], **options: Any) -> None:
     """Keep the entries that matter, merge or drop the rest, and say what it cost.
 
@@ -72,7 +72,6 @@ def command(file: str | None, method: str, budget: tuple[str, ...], **options: A
         from ..device import find_device
         from ..recipe import Recipe
 
-        check_kernels()
     recipe = Recipe.parse(method)
     budgets = recipe.budgets(budget)
     device = find_device(options.pop("device"))

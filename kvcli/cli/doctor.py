@@ -14,8 +14,6 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import UsageError
-from .forced import check_kernels
 from .ui import clean, current, output_options, size
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "click", "rich", "xxhash", "gguf", "accelerate")
@@ -114,15 +112,17 @@ def _kernels() -> tuple[dict[str, str], list[Problem]]:
     try:
         import torch
 
+        from ..kernels.op import check_forced
         from ..kernels.table import OPS
 
-        check_kernels()
+        check_forced()
         here = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
-        return {op.name: op.twin([here]) for op in OPS}, []
-    except UsageError as cause:
-        return {}, [Problem(cause.what, cause.fix)]
+        twins = {op.name: op.twin([here]) for op in OPS}
+    except ValueError as cause:
+        return {}, [Problem(str(cause), "unset KVCLI_KERNELS, or do as it says")]
     except Exception:  # told already
         return {}, []
+    return twins, []
 
 
 def _models() -> tuple[Facts, list[Problem]]:

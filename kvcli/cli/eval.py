@@ -11,10 +11,9 @@ import click
 
 from ..errors import GateError, UsageError
 from . import streams
-from .forced import check_kernels
 from .inputs import Options, gather, given
 from .tables import print_tables
-from .ui import Ui, complain, current, grid_options, model_options, output_options
+from .ui import Ui, complain, current, grid_options, model_options, output_options, uses_kernels
 
 if TYPE_CHECKING:
     from ..evaluate import Grid, Key, Unit, Work
@@ -43,6 +42,7 @@ METHODS, BUDGETS = "random,streamingllm,keydiff,snapkv,snapkv+adakv,h2o,kvmerger
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @model_options
 @output_options
+@uses_kernels
 def command(docs: tuple[str, ...], **options: Any) -> None:
     """Measure what compression loses, before the questions are known: facts found, perplexity, divergence.
 
@@ -71,7 +71,6 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
         from ..evaluate import Grid
         from ..recipe import grid
 
-        check_kernels()
         cells = grid(options["method"] or (METHODS,), options["budget"], BUDGETS)
         found = given(ui, docs, options, phase)
         plan = Grid(cells, options["seed"], options["known"])

@@ -12,8 +12,7 @@ import click
 
 from ..errors import KvError, UsageError
 from . import streams
-from .forced import check_kernels
-from .ui import Ui, complain, current, model_options, output_options, peak_memory, size
+from .ui import Ui, complain, current, model_options, output_options, peak_memory, size, uses_kernels
 
 if TYPE_CHECKING:
     from ..model.load import Model
@@ -59,6 +58,7 @@ class Base:
 @click.option("--chunk", type=click.IntRange(1), default=1024, show_default=True, help="Tokens read at a time.")
 @model_options
 @output_options
+@uses_kernels
 def command(docs: tuple[str, ...], output: str | None, force: bool, **options: Any) -> None:
     """Read documents once and keep the model's memory of each as one file.
 
@@ -143,7 +143,6 @@ def _base(ui: Ui, options: dict[str, Any]) -> Base:
         from ..model.resume import model_for
         from ..storage import Reader
 
-        check_kernels()
         if options["onto"] is None:
             return Base(load(options["model"], **{**given, "dtype": given["dtype"] or "bfloat16"}, tick=phase), None)
         origin = streams.source(options["onto"], ui)

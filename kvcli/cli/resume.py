@@ -10,9 +10,8 @@ import click
 from ..errors import UsageError
 from . import streams
 from .answers import Facts, Talk, ask, judge, save, total
-from .forced import check_kernels
 from .questions import check_options, continuation, questions
-from .ui import Ui, current, model_options, output_options, peak_memory, size
+from .ui import Ui, current, model_options, output_options, peak_memory, size, uses_kernels
 
 if TYPE_CHECKING:
     from ..model.load import Model
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--trust-model", is_flag=True, help="Use a model with other weights; warn instead of refusing.")
 @model_options
 @output_options
+@uses_kernels
 def command(file: str | None, **options: Any) -> None:
     """Ask a snapshot: the answer streams to stdout, what it took is told on stderr. An empty prompt lets it go on.
 
@@ -74,7 +74,6 @@ def _reader(ui: Ui, origin: streams.Source) -> "Reader":
         phase("loading torch")
         from ..storage import Reader
 
-        check_kernels()
         with streams.waiting(origin, ui):
             return Reader(origin)
 

@@ -1,4 +1,4 @@
-"""Tables for people; those of eval are one a task, a line a method and budget, numbers with standard errors."""
+"""Rows of eval as tables for people: one a task, a line a method and budget, numbers with their standard errors."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ def print_tables(rows: Sequence[Row], markdown: bool) -> None:
         if markdown:
             _markdown(title, cells)
         else:
-            print_plain(title, cells)
+            plain(title, cells)
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[list[str]]:
@@ -46,15 +46,15 @@ def _markdown(title: str, cells: Sequence[Sequence[str]]) -> None:
     print(f"**{title}**", "", head, "| --- | --- |" + " ---: |" * (len(cells[0]) - 2), *lines, "", sep="\n")
 
 
-def print_plain(title: str, cells: Sequence[Sequence[str]], left: int = 2) -> None:
-    """To stdout, the first of `cells` being the head; from column `left` on they stand to the right."""
+def plain(title: str, cells: Sequence[Sequence[str]], left: int = 2) -> None:
+    """One table to stdout, its first line the head, all columns but the first `left` of numbers."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(cells[0]):
-        table.add_column(Text(name), justify="left" if i < left else "right", no_wrap=True)
+        table.add_column(Text(name), justify="right" if i >= left else "left", no_wrap=True)
     for line in cells[1:]:
         table.add_row(*(Text(cell, "dim" if line[0] in ("full", "none") else "") for cell in line))
     # A number that is cut off is none: a narrow terminal wraps lines by itself.

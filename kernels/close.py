@@ -1,4 +1,4 @@
-"""Results of ops held against each other, with a tolerance for each dtype."""
+"""How far results of an op may lie from its reference, by the dtype of a result."""
 
 import math
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Relative RMS error by the dtype of a result: half a unit in its last place.
+# Relative RMS error: half a unit in the last place.
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.int64: 0.0}
 # With 16-bit inputs the flash call takes a quick exponential, and its LSE is float32 all the same.
 QUICK = {**EXACT, torch.float32: 2e-5}
 
 
 def results(fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
-    """What an op returns, as a list."""
+    """What an op returns, as a list whether it is one tensor or several."""
     out = fn(*args)
     return [out] if isinstance(out, Tensor) else list(out)
 
