@@ -55,7 +55,8 @@ def test_the_twins_are_those_that_run(
 ) -> None:
     monkeypatch.setenv("KVCLI_KERNELS", "ref")
     assert {*looked(capsys, 0)["kernels"].values()} == {"ref"}
-    for asked in ("fast", "triton"):  # without a card
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for asked in ("fast", "triton"):
         monkeypatch.setenv("KVCLI_KERNELS", asked)
         facts = looked(capsys, 1)
         assert f"KVCLI_KERNELS={asked}" in facts["problems"][0]["what"] and facts["kernels"] == {}

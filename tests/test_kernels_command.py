@@ -28,6 +28,11 @@ needs_triton = pytest.mark.skipif(launch.triton is None, reason="no Triton for t
 USING = ("prefill x", "compress x -m random -b 9", "resume x -p y", "eval x", "bench x", "diff x y", "kernels")
 
 
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def found(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> tuple[dict[str, Any], str]:
     """The object on stdout, and stderr."""
     capsys.readouterr()

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -109,12 +109,23 @@ def _list(ui: Ui, ops: "Sequence[Op]", tokens: int, speed: float) -> int:
 
 
 def _floor_cells(row: Row) -> list[str]:
-    # what a case leaves out is no part of it
-    case = " ".join(f"{name}={value}" for name, value in row["case"].items() if value not in (None, False))
     floor = row["floor_s"]
     times = [f"{floor * 1e6:,.1f} µs", f"{floor * LAYERS * 1e3:,.2f} ms"]
     kernels = ", ".join(row["kernels"]) or "none"
-    return [row["op"], row["path"], kernels, case, size(row["bytes"]), f"{row['flops'] / 1e9:,.2f}", *times]
+    return [
+        row["op"],
+        row["path"],
+        kernels,
+        case_words(row["case"]),
+        size(row["bytes"]),
+        f"{row['flops'] / 1e9:,.2f}",
+        *times,
+    ]
+
+
+def case_words(case: Mapping[str, Any]) -> str:
+    """The sizes of a case and what it has; what it has not is left out."""
+    return " ".join(f"{name}={value}" for name, value in case.items() if value not in (None, False))
 
 
 def _compile(ui: Ui, ops: "Sequence[Op]", targets: Sequence[str], every: bool) -> int:
