@@ -6,6 +6,7 @@ position; `softcap` bounds the logits before the bias, `sink_logit` is one more 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,7 +126,8 @@ def output_error_fused(
         parts += found
     error, Dv = torch.empty(q.shape[:2], device=q.device), parts[0].shape[-1]
     sink = None if sink_logit is None else sink_logit.float().contiguous()
-    _relative[error.numel(),](*parts, sink, error, q.shape[1], DV=Dv, BV=triton.next_power_of_2(Dv), num_warps=4)
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    _relative[error.numel(),](*parts, sink, error, q.shape[1], DV=Dv, BV=triton.next_power_of_2(Dv), **options)
     return error
 
 
@@ -156,7 +158,7 @@ def _evicted(entries: Entries, keep: float, generator: torch.Generator) -> Entri
 
 def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
     H, G, R, T, D = (case[name] for name in "HGRTD")
-    Dv, entries = case.get("Dv", D), H * T * 13 // 10  # of both caches
+    Dv, entries = case.get("Dv", D), math.ceil(1.3 * H * T * (1 - case.get("pad", 0.0)))  # expected, of both
     per_entry = (D + Dv) * itemsize + 4 + (4 if case["bias"] else 0)
     return entries * per_entry + H * G * R * (D * itemsize + 4) + 8 * R, 2 * entries * G * R * (D + Dv)
 

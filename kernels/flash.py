@@ -150,7 +150,8 @@ def flash_fused(
         return out[0], lse[0]
     joined = out.new_empty(out.shape[1:], dtype=dtype or q.dtype), torch.empty_like(lse[0])
     N, Dv = lse[0].numel(), v.shape[-1]
-    _join[N,](out, lse, *joined, N, len(out), DV=Dv, BV=_pad(Dv), BS=JOINED, num_warps=4)
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    _join[N,](out, lse, *joined, N, len(out), DV=Dv, BV=_pad(Dv), BS=JOINED, **options)
     return joined
 
 

@@ -21,16 +21,16 @@ P = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 def timed(op: Op, device: torch.device, tokens: int) -> dict[str, Any]:
     """A row for an op's usual case: milliseconds and GB/s, or only the error of an op that misses its reference.
 
-    That error is the largest of its results, None where infinities lie elsewhere.
+    That error is the largest of its results, None where one is NaN or infinities lie elsewhere.
     """
     case = op.at(tokens)
     args = tree_map_only(Tensor, lambda part: part.to(device), op.inputs(case, DTYPE, 0))
     about = {"op": op.name, "path": op.twin(args), "dtype": "bf16", "tokens": case.get("T", case.get("M"))}
     found = zip(results(op, args), results(op.ref, args), strict=True)
     errors = [(error(one, other), QUICK[one.dtype]) for one, other in found]
-    worst = max(errors)[0]
-    row = {**about, "error": worst if math.isfinite(worst) else None}
-    if any(missed > tolerance for missed, tolerance in errors):
+    finite = all(math.isfinite(missed) for missed, _ in errors)
+    row = {**about, "error": max(errors)[0] if finite else None}
+    if not all(missed <= tolerance for missed, tolerance in errors):  # NaN is no match
         return row
     moved = op.cost(case, DTYPE.itemsize)[0]
     ms, copy_ms = _ms(lambda: op(*args), device), _ms(_copy(moved, device), device)

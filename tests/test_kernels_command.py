@@ -20,7 +20,7 @@ from kvcli.errors import UsageError
 from kvcli.kernels import build, launch, matrix, table, timing
 from kvcli.kernels.build import SHARED, Built
 from kvcli.kernels.launch import Kernel, tl
-from kvcli.kernels.op import Op
+from kvcli.kernels.op import Fn, Op
 from kvcli.kernels.table import OPS
 from kvcli.kernels.take import take_rows
 
@@ -199,12 +199,17 @@ def test_times_of_what_is_its_reference(
     assert run("kernels take_rows --bench --tokens 65".split()) == 0
 
 
-def test_results_of_another_shape_are_an_error_without_a_number(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick: None
+@pytest.mark.parametrize(
+    "twin",
+    [lambda k, v, index: take_rows.ref(k, v, index[1:]), lambda k, v, index: take_rows.ref(k, v * torch.nan, index)],
+    ids=["another shape", "NaN"],
+)
+def test_no_number_says_how_far_off_these_are(
+    twin: Fn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    use(monkeypatch, replace(take_rows, cpu=lambda k, v, index: take_rows.ref(k, v, index[1:])))
+    use(monkeypatch, replace(take_rows, cpu=twin))
     facts, _ = found(capsys, "--bench --tokens 65", 7)
-    assert facts["rows"][0]["error"] is None
+    assert facts["rows"][0]["error"] is None and "ms" not in facts["rows"][0]
 
 
 class Event:
