@@ -6,7 +6,6 @@ position; `softcap` bounds the logits before the bias, `sink_logit` is one more 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -139,28 +138,34 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     pos = torch.arange(T, dtype=torch.int32).expand(H, -1)
     bias = random((H, T), torch.float32, generator) if case["bias"] else None
     q, bias = strained(case, q, bias)
-    before = _evicted((k, v, pos, bias), 1 - case.get("pad", 0.0), generator)
+    lens = [T - int(case.get("pad", 0.0) * T * h / H) for h in range(H)]
+    before = _thinned((k, v, pos, bias), lens, generator)
+    after = _thinned(before, [_kept(n) for n in lens], generator)
     sink_logit = random((H * G,), torch.float32, generator) if case.get("sink") else None
     q_pos = torch.arange(R) + max(T - R // 2, 0)
-    return q, q_pos, before, _evicted(before, 0.3, generator), D**-0.5, case.get("softcap"), sink_logit
+    return q, q_pos, before, after, D**-0.5, case.get("softcap"), sink_logit
 
 
-def _evicted(entries: Entries, keep: float, generator: torch.Generator) -> Entries:
-    """About `keep` of the entries of each head, the first always among them, padded to the longest head."""
+def _kept(n: int) -> int:
+    return max(1, round(0.3 * n))
+
+
+def _thinned(entries: Entries, lens: list[int], generator: torch.Generator) -> Entries:
+    """So many entries of each head, drawn at random, padded to the longest head."""
     k, v, pos, bias = entries
-    mask = (torch.rand(pos.shape, generator=generator) < keep) & (pos >= 0)
-    mask[:, 0] = True
-    index = mask.byte().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    order = torch.rand(pos.shape, generator=generator).masked_fill(pos < 0, 2.0).argsort(1)[:, : max(lens)]
+    gone = torch.arange(max(lens)) >= torch.tensor(lens)[:, None]
+    index = order.masked_fill(gone, pos.shape[1]).sort(1).values.clamp(max=pos.shape[1] - 1)
     k, v = (part.gather(1, index[..., None].expand(-1, -1, part.shape[2])) for part in (k, v))
-    pos = pos.gather(1, index).masked_fill(~mask.gather(1, index), -1)
-    return k, v, pos, None if bias is None else bias.gather(1, index)
+    return k, v, pos.gather(1, index).masked_fill(gone, -1), None if bias is None else bias.gather(1, index)
 
 
 def _cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
     H, G, R, T, D = (case[name] for name in "HGRTD")
-    Dv, entries = case.get("Dv", D), math.ceil(1.3 * H * T * (1 - case.get("pad", 0.0)))  # expected, of both
+    Dv, entries = case.get("Dv", D), H * (T + _kept(T))  # of both caches, padding included
     per_entry = (D + Dv) * itemsize + 4 + (4 if case["bias"] else 0)
-    return entries * per_entry + H * G * R * (D * itemsize + 4) + 8 * R, 2 * entries * G * R * (D + Dv)
+    moved = entries * per_entry + H * G * (R * (D * itemsize + 4) + (4 if case.get("sink") else 0)) + 8 * R
+    return moved, 2 * entries * G * R * (D + Dv)
 
 
 output_error = Op(
