@@ -50,7 +50,7 @@ def compile_all(tasks: Sequence[Task]) -> Iterator[list[Built | Failed]]:
     if jobs < 2:
         yield from map(compile_one, tasks)
         return
-    with ProcessPoolExecutor(jobs, context) as pool:
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
         # processes begun now are deaf to Ctrl-C, even while they import: it is for us to end them
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         running = [pool.submit(compile_one, task) for task in tasks]
