@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from multiprocessing import active_children
@@ -57,6 +58,10 @@ def _nonsense(x, D: tl.constexpr):  # type: ignore[no-untyped-def]
 
 def _start_nonsense(k: Tensor, v: Tensor, index: Tensor) -> None:
     _nonsense[1,](k, D=k.shape[-1], enable_fp_fusion=True)
+
+
+def _endless(*args: Any) -> None:
+    time.sleep(120)
 
 
 def _raise(*args: Any) -> None:
@@ -159,11 +164,12 @@ def test_processes_give_the_same_rows_in_order_and_end_when_they_are_not_wanted(
     running = matrix.compile_all(todo)
     first = next(running)
     assert [first, *running] == [matrix.compile_one(task) for task in todo]
-    running = matrix.compile_all(todo)
+    endless = replace(todo[0], op=replace(take_rows, fused=_endless))
+    running, start = matrix.compile_all([todo[0], endless]), time.monotonic()
     next(running)
     with pytest.raises(KeyboardInterrupt):
         running.throw(KeyboardInterrupt)
-    assert not active_children()
+    assert not active_children() and time.monotonic() - start < 60
 
 
 def test_jobs_that_make_no_sense(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +203,10 @@ def test_times_of_what_is_its_reference(
     assert "not timed" in capsys.readouterr().out
     assert run("kernels raises --bench --tokens 65".split()) == 1
     assert run("kernels take_rows --bench --tokens 65".split()) == 0
+
+
+def test_a_copy_moves_every_byte_once() -> None:
+    assert timing._copy(10, torch.device("cpu"))().numel() == 5
 
 
 @pytest.mark.parametrize(
