@@ -28,10 +28,8 @@ def _cosines(k, cosine, T, k_h, k_t, k_d, D: tl.constexpr, BT: tl.constexpr, BD:
     m_t = o_t < T - 1
     mask = m_t[:, None] & (o_d < D)[None, :]
     at = k + i_h * k_h + o_t[:, None] * k_t + o_d[None, :] * k_d
-    b_k, b_next = (
-        tl.load(at, mask=mask, other=0.0).to(tl.float32),
-        tl.load(at + k_t, mask=mask, other=0.0).to(tl.float32),
-    )
+    b_k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    b_next = tl.load(at + k_t, mask=mask, other=0.0).to(tl.float32)
     b_norms = tl.sqrt_rn(tl.sum(b_k * b_k, 1) * tl.sum(b_next * b_next, 1))
     b_cosine = tl.where(b_norms > 0, tl.div_rn(tl.sum(b_k * b_next, 1), b_norms), 0.0)
     tl.store(cosine + i_h * (T - 1) + o_t, b_cosine, mask=m_t)

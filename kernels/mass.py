@@ -2,7 +2,8 @@
 
 mass_j = sum over the queries i, mean over the G heads of a group, of exp(logit_ij - lse_i), where the logit is
 scale * <q_i, k_j>, soft-capped if the model does so. The lse [Hq, M] of a query covers all it sees: the masses of a
-chunk's two parts, earlier keys and its own triangle, simply add up.
+chunk's two parts, earlier keys and its own triangle, simply add up. On a card a program owns a block of keys, walks
+the queries that see some of them, and stores once.
 """
 
 import math

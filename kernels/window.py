@@ -41,7 +41,7 @@ def window_scores_ref(
     for j, rows in enumerate(q):
         h = j // G
         logit = capped(rows.float() @ k[h].float().T * scale, softcap)  # [W, T]
-        seen = (pos[h] >= 0) & (pos[h] <= q_pos[:, None])
+        seen = _seen(pos[h], q_pos)
         logit = (logit if bias is None else logit + bias[h]).masked_fill(~seen, -math.inf)
         lse = logit.logsumexp(-1)
         if sink_logit is not None:
@@ -52,6 +52,10 @@ def window_scores_ref(
             score[1, h] = torch.maximum(score[1, h], weight.amax(0))
             score[2, h] += _spread(weight, seen) / G
     return score if moments else score[0]
+
+
+def _seen(pos: Tensor, q_pos: Tensor) -> Tensor:  # [T], [W] -> [W, T] bool
+    return (pos >= 0) & (pos <= q_pos[:, None])
 
 
 def _spread(weight: Tensor, seen: Tensor) -> Tensor:  # [..., W, T], [W, T] -> [..., T]
@@ -77,24 +81,33 @@ def window_scores_cpu(
     step = min(G, max(1, LOGITS // max(W * T, 1)))
     room = torch.empty(2, step, W, T)  # for all heads: fresh memory takes as long as a product
     for h, heads in enumerate(q.chunk(H) if W and T else ()):
-        seen = (pos[h] >= 0) & (pos[h] <= q_pos[:, None])  # [W, T]
+        start = _first_hidden(pos[h], q_pos)
+        seen = _seen(pos[h, start:], q_pos)
+        live = seen.any(1) | (start > 0)
         for i, rows in enumerate(torch.split(heads, step)):  # [g, W, D]
             logit, weight = room[:, : len(rows)]  # [g, W, T]
-            _fill(logit, rows.float() * scale, k[h], seen, None if bias is None else bias[h], softcap)
+            _fill(logit, rows.float() * scale, k[h], None if bias is None else bias[h], softcap)
+            logit[..., start:].masked_fill_(~seen, torch.finfo(torch.float32).min)
             torch.softmax(logit, -1, out=weight)
-            share = seen.any(1).float().expand(len(rows), -1)  # [g, W], of the softmax that goes to entries
+            share = live.float().expand(len(rows), -1)  # [g, W], of the softmax that goes to entries
             if sink_logit is not None:
                 sinks = torch.split(sink_logit.view(H, G, 1)[h], step)[i]
                 share = share * (logit.logsumexp(-1) - sinks).sigmoid()
             score[0, h] += share.flatten() @ weight.flatten(0, 1) / G
             if moments:
-                _add_moments(score[1:, h], weight, share, seen, G)
+                _add_moments(score[1:, h], weight.mul_(share[..., None]), pos[h], q_pos, G)
     return score if moments else score[0]
 
 
+def _first_hidden(pos: Tensor, q_pos: Tensor) -> int:  # [T], [W]
+    """All queries see the entries before it."""
+    hidden = ((pos < 0) | (pos > q_pos.min())).nonzero()
+    return int(hidden[0]) if len(hidden) else len(pos)
+
+
 def _fill(
-    logit: Tensor, q: Tensor, k: Tensor, seen: Tensor, bias: Tensor | None, softcap: float | None
-) -> None:  # [g, W, T], [g, W, D], [T, D], [W, T], [T]
+    logit: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:  # [g, W, T], [g, W, D], [T, D], [T]
     rows, products = q.flatten(0, 1), logit.flatten(0, 1)
     for i in range(0, len(k), BLOCK):
         part = slice(i, i + BLOCK)
@@ -103,18 +116,16 @@ def _fill(
             block.copy_(capped(block, softcap))
         if bias is not None:
             block += bias[part]
-        if not bool(seen[:, part].all()):
-            logit[..., part].masked_fill_(~seen[:, part], torch.finfo(torch.float32).min)
 
 
 def _add_moments(
-    score: Tensor, weight: Tensor, share: Tensor, seen: Tensor, G: int
-) -> None:  # [2, T], [g, W, T], [g, W], [W, T]
-    for i in range(0, seen.shape[1], BLOCK):
+    score: Tensor, weight: Tensor, pos: Tensor, q_pos: Tensor, G: int
+) -> None:  # [2, T], [g, W, T], [T], [W]
+    for i in range(0, len(pos), BLOCK):
         part = slice(i, i + BLOCK)
-        block, most = weight[..., part] * share[..., None], score[0, part]
+        block, most = weight[..., part], score[0, part]
         torch.maximum(most, block.amax((0, 1)), out=most)
-        score[1, part] += _spread(block, seen[:, part]).sum(0) / G
+        score[1, part] += _spread(block, _seen(pos[part], q_pos)).sum(0) / G
 
 
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:

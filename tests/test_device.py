@@ -1,6 +1,6 @@
 """A card gives what the CPU gives: no tensor of one meets a tensor of the other, and what was read stays on the card.
 
-The card is `card.py`'s: there is none here. Operations take the paths of a card, in plain torch.
+The card is `card.py`'s: there is none here. Operations take the paths of a card, their kernels interpreted.
 """
 
 import io
@@ -83,7 +83,9 @@ def work(model: Model) -> tuple[list[Snapshot], list[Any]]:
 @pytest.mark.parametrize(
     "name", ["llama", "mistral sliding", "gemma2", pytest.param("gpt_oss", marks=pytest.mark.slow)]
 )
-def test_a_card_gives_what_the_cpu_gives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_gives_what_the_cpu_gives(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreted: None
+) -> None:
     model = load(str(build(name, tmp_path)), dtype="float32", device="cpu")
     model.net.set_experts_implementation("eager")  # others ask the card what it can
     expected, (said, numbers) = work(model)

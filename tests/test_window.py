@@ -26,15 +26,14 @@ TWINS = [window_scores.ref, window_scores.cpu, window_scores.fused]
     T=st.integers(1, 70),
     late=st.integers(-40, 40),
     sink=st.booleans(),
-    held=st.sampled_from([1, 1 << 25]),
 )
-def test_windows_of_any_length_anywhere(W: int, G: int, T: int, late: int, sink: bool, held: int) -> None:
+def test_windows_of_any_length_anywhere(W: int, G: int, T: int, late: int, sink: bool) -> None:
     case = {"H": 2, "G": G, "W": W, "T": T, "D": 20, "bias": True, "sink": sink, "moments": True}
     q, q_pos, *rest = window_scores.inputs(case, torch.float32, seed=W * T)
     q_pos = (q_pos + late).clamp(max=2 * T)[torch.randperm(W, generator=torch.Generator().manual_seed(0))]
     want = window_scores.ref(q, q_pos, *rest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window, "LOGITS", held)  # the CPU takes all heads of a group at once, or one
+        patch.setattr(window, "LOGITS", 1)  # the CPU takes one query head at a time
         for run in TWINS:
             got = run(q, q_pos, *rest)
             assert all(error(one, other) < 1e-5 for one, other in zip(got, want, strict=True))
