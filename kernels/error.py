@@ -79,15 +79,14 @@ def attend(
     return out if sink_logit is None else out * (lse - sink_logit[:, None]).sigmoid()[..., None]
 
 
-def _quick(
-    q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _quick(q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor, *law: Any) -> tuple[Tensor, Tensor]:
     # most entries are seen by all queries and need no mask, which would be as large as the logits
-    n = int(torch.searchsorted(pos.contiguous(), q_pos.min().to(pos.dtype), right=True)) if rest[1] is None else 0
-    near = None if bias is None else bias[:, n:]
-    parts = [banded_attention_sliced(q, q_pos, k[:, n:], v[:, n:], pos[n:], scale, near, *rest)]
+    scale, bias, window, softcap = law
+    n = int((pos <= q_pos.min()).sum()) if softcap is None else 0
+    biases = (None, None) if bias is None else (bias[:, :n], bias[:, n:])
+    parts = [banded_attention_sliced(q, q_pos, k[:, n:], v[:, n:], pos[n:], scale, biases[1], window, softcap)]
     if n:
-        parts.append(dense_attention_cpu(q, k[:, :n], v[:, :n], None if bias is None else bias[:, :n], scale))
+        parts.append(dense_attention_cpu(q, k[:, :n], v[:, :n], biases[0], scale))
     return join(parts)
 
 

@@ -97,7 +97,7 @@ def _flash(  # type: ignore[no-untyped-def]
         b_sum = b_sum * b_fade + tl.sum(b_p, 1)
         b_v = _load(v, o_t.to(tl.int64) * v_t, m_t, o_v * v_d, m_v, UPCAST)
         b_w = b_p.to(b_v.dtype)
-        b_out = b_out * b_fade[:, None] + tl.dot(b_w, b_v, input_precision="ieee")
+        b_out = tl.dot(b_w, b_v, b_out * b_fade[:, None], input_precision="ieee")
         if WHOLE:  # what rounding the weights left over
             b_out += tl.dot((b_p - b_w).to(b_v.dtype), b_v, input_precision="ieee")
         b_max = b_new
@@ -207,6 +207,6 @@ def _pad(D: int) -> int:
 def _blocks(rows: int, D: int, itemsize: int) -> dict[str, Any]:
     # float32 products run in registers, not tensor cores, where larger tiles would spill
     BR = 16 if rows <= 16 or itemsize == 4 else 64
-    BT = (2048 if itemsize == 4 else 4096 if BR == 64 else 8192) // max(64, _pad(D))
+    BT = (1024 if itemsize == 4 else 4096 if BR == 64 else 8192) // max(64, _pad(D))
     options = {"num_warps": 8 if BR == 64 and D > 128 else 4, "num_stages": 2, "enable_fp_fusion": True}
     return {"BR": BR, "BT": min(64, max(16, BT)), **options}
