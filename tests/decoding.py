@@ -40,6 +40,7 @@ AttentionInterface.register("masked", masked_attention)
 AttentionMaskInterface.register("masked", sdpa_mask)
 
 
+@torch.inference_mode()
 def decoding(
     model: Model, plain: Model, ids: list[int], folder: Path, versus: Callable[..., dict[str, Any]]
 ) -> list[dict[str, Any]]:
