@@ -86,7 +86,7 @@ def _flash(  # type: ignore[no-untyped-def]
         b_k = _load(k, o_d * k_d, m_d, o_t.to(tl.int64) * k_t, m_t, UPCAST)
         b_x = tl.dot(b_q, b_k, input_precision="ieee") * unit  # [BR, BT]
         if softcap is not None:
-            b_x = softcap * (2 * tl.sigmoid(b_x) - 1)
+            b_x = softcap - 2 * softcap / (tl.exp(b_x) + 1)
         if bias is not None:
             # a mask would cost a branch an entry on AMD; what lies past the end is not seen
             b_x += tl.load(bias + tl.minimum(o_t, n - 1))[None, :]
@@ -205,8 +205,11 @@ def _pad(D: int) -> int:
 
 
 def _blocks(rows: int, D: int, itemsize: int) -> dict[str, Any]:
-    # float32 products run in registers, not tensor cores, where larger tiles would spill
-    BR = 16 if rows <= 16 or itemsize == 4 else 64
-    BT = (1024 if itemsize == 4 else 4096 if BR == 64 else 8192) // max(64, _pad(D))
-    options = {"num_warps": 8 if BR == 64 and D > 128 else 4, "num_stages": 2, "enable_fp_fusion": True}
-    return {"BR": BR, "BT": min(64, max(16, BT)), **options}
+    # float32 products run in registers, not tensor cores, where larger tiles would spill; the stages are those without
+    if itemsize == 4:
+        tile = {"BR": 16, "BT": 16, "num_stages": 1 if D <= 128 else 3}
+    elif rows <= 16:
+        tile = {"BR": 16, "BT": min(64, 8192 // _pad(D))}
+    else:
+        tile = {"BR": 64, "BT": 4096 // max(64, _pad(D))} if D <= 128 else {"BR": 32, "BT": 32}
+    return {"num_stages": 2, "num_warps": 4, "enable_fp_fusion": True, **tile}
