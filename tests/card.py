@@ -93,6 +93,8 @@ class OneCard(TorchFunctionMode):
 
     def __enter__(self) -> "OneCard":
         self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(torch.cuda, "is_available", lambda: True)
+        self.patch.setattr(torch.cuda, "device_count", lambda: 1)
         self.patch.setattr(torch.cuda, "Stream", lambda device: Stream(self, "side"))
         self.patch.setattr(torch.cuda, "stream", lambda stream: stream)
         self.patch.setattr(torch.cuda, "current_stream", lambda device: Stream(self, "work"))

@@ -109,13 +109,12 @@ def chain(model: Model, recipe: str, path: Path) -> tuple[Snapshot, Snapshot, Sn
     with Reader(path) as reader:
         small = reader.snapshot()
         prefix = Prefix.read(small, model)
-        said = answer(model, prefix, MORE, Sampling(n=3)).ids
-        answered = [*answers(model, prefix, [MORE, MORE[:2]], [3, 3]), said]
-        numbers = [answered, report, logits(model, prefix, MORE, 5).cpu()]
+        said = answers(model, prefix, [MORE, MORE[:2]], [2, 2])
+        numbers = [said, report, logits(model, prefix, MORE, 5).cpu()]
         return extend(model, small, MORE), aim(model, small, MORE), full, numbers
 
 
-@pytest.mark.parametrize("recipe", ["snapkv", "snapkv+adakv", "kvmerger", "kvmerger+global", "random+global"])
+@pytest.mark.parametrize("recipe", ["snapkv+adakv", "kvmerger", "kvmerger+global"])
 def test_prefill_compress_resume(recipe: str, model: Model, tmp_path: Path, interpreted: None) -> None:
     *wanted, numbers = chain(model, recipe, tmp_path / "here")
     with torch.inference_mode(), OneCard():
@@ -152,7 +151,7 @@ def sent(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["snapkv+adakv", "kvmerger:max_run=4", "kvmerger:keys=rerotate+global", "h2o", "keydiff"]
+    "recipe", ["snapkv+adakv", "kvmerger:max_run=4", "kvmerger:keys=rerotate+global", "h2o", "keydiff", "random+global"]
 )
 def test_stages_work_where_their_layer_is(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A kernel needs a real card.
