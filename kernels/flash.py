@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import Kernel, helper, tl, triton
+from .launch import Kernel, helper, target_of, tl, triton
 
 Part = tuple[Tensor, Tensor]  # outputs and their LSE
 PROGRAMS = 264  # what fills a card twice over
@@ -177,7 +177,7 @@ def _parts(
     G, spread = Hq // H, [(0, *part.stride()) if lens else part.stride() for part in (k, v)]
     bias, q_pos, pos = (None if part is None else _rows(part.to(q.device)) for part in (bias, q_pos, pos))
     apart = [0 if part is None or part.dim() < 2 else part.stride(0) for part in (bias, pos)]
-    blocks = _blocks(G * M, max(D, Dv), q.element_size())
+    blocks = _blocks(G * M, max(D, Dv), q.element_size(), target_of(q.device))
     tiles, span = triton.cdiv(G * M, blocks["BR"]), T if window is None else min(T, window + M)
     entries = H * span if lens is None else len(k)
     S = max(1, triton.cdiv(span, max(SPLIT, triton.cdiv(entries * tiles, PROGRAMS))))
@@ -204,12 +204,15 @@ def _pad(D: int) -> int:
     return max(16, int(triton.next_power_of_2(D)))
 
 
-def _blocks(rows: int, D: int, itemsize: int) -> dict[str, Any]:
-    # float32 products run in registers, not tensor cores, where larger tiles would spill; the stages are those without
+def _blocks(rows: int, D: int, itemsize: int, target: str) -> dict[str, Any]:
+    # float32 products run in registers, not tensor cores, where larger tiles would spill; these do on no target
+    later = target.startswith(("sm_9", "sm_1"))  # Hopper and Blackwell
     if itemsize == 4:
-        tile = {"BR": 16, "BT": 16, "num_stages": 1 if D <= 128 else 3}
+        tile = {"BR": 16, "BT": 16, "num_stages": 1 if D <= 128 else 3 if later else 2}
     elif rows <= 16:
         tile = {"BR": 16, "BT": min(64, 8192 // _pad(D))}
+    elif D <= 128:
+        tile = {"BR": 64, "BT": 4096 // max(64, _pad(D))}
     else:
-        tile = {"BR": 64, "BT": 4096 // max(64, _pad(D))} if D <= 128 else {"BR": 32, "BT": 32}
+        tile = {"BR": 32, "BT": 32} if later else {"BR": 64, "BT": 16, "num_warps": 8}
     return {"num_stages": 2, "num_warps": 4, "enable_fp_fusion": True, **tile}

@@ -8,7 +8,7 @@ import torch
 from .build import launches
 from .op import Op
 
-DTYPE, D = torch.bfloat16, 128
+DTYPE, D, TARGET = torch.bfloat16, 128, "sm_90"
 
 
 def floors(ops: Iterable[Op], device: torch.device, tokens: int, speed: float) -> Iterator[dict[str, Any]]:
@@ -17,6 +17,6 @@ def floors(ops: Iterable[Op], device: torch.device, tokens: int, speed: float) -
     for op in ops:
         case = op.at(tokens)
         moved, flops = op.cost(case, DTYPE.itemsize)
-        kernels = list(dict.fromkeys(launch.kernel.name for _, launch in launches(op, D, DTYPE)))
+        kernels = list(dict.fromkeys(launch.kernel.name for _, launch in launches(op, D, DTYPE, TARGET)))
         about = {"op": op.name, "path": op.twin([here]), "kernels": kernels, "case": case}
         yield {**about, "bytes": moved, "flops": flops, "floor_s": moved / speed}

@@ -67,7 +67,7 @@ def compile_all(tasks: Sequence[Task]) -> Iterator[list[Built | Failed]]:
 def compile_one(task: Task) -> list[Built | Failed]:
     """Every kernel of one task; what fails leaves the others alone."""
     try:
-        noted = list(launches(task.op, task.D, task.dtype))
+        noted = list(launches(task.op, task.D, task.dtype, task.target))
     except Exception as cause:
         return [Failed(task.op.name, "", f"D={task.D}", task.target, _why(cause))]
     return [_built(task, label, launch) for label, launch in noted]

@@ -44,7 +44,7 @@ def test_compiled_without_spills(op: Op, i: int) -> None:
     """Every op meets each target, size and dtype, if not all of them together as in `kvcli kernels --compile`."""
     turn = i + OPS.index(op)
     target, D, dtype = [*TARGETS][i], SIZES[turn % len(SIZES)], COMPILED[turn % len(COMPILED)]
-    for label, launch in launches(op, D, dtype):
+    for label, launch in launches(op, D, dtype, target):
         built = build(op, label, launch, target)
         assert fits(built) and built.registers > 0, built
         assert built.dot not in ("fma",) or dtype is torch.float32, built
