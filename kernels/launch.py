@@ -18,7 +18,7 @@ except ImportError:
     triton = tl = None  # no wheel for this system: ref and cpu remain
 
 
-__all__ = ["Kernel", "Launch", "recorded", "run", "tl", "triton"]
+__all__ = ["Kernel", "Launch", "helper", "interpreted", "recorded", "run", "tl", "triton"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,16 @@ class Kernel:
     def blocks(self, given: dict[str, Any], upcast: bool) -> dict[str, Any]:
         """Compile-time arguments and options, with UPCAST where the kernel takes it."""
         return {**given, "UPCAST": upcast} if "UPCAST" in self.jit.arg_names else given
+
+
+def helper(fn: Callable[..., Any]) -> Any:
+    """A function that kernels call."""
+    return triton.jit(fn) if triton else fn
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 stands in for a card."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def run(launch: Launch) -> None:

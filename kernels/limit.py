@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .runs import bounds
+from .flat import bounds
 
 
 def fewest_runs(start: Tensor, real: Tensor, limit: int) -> Tensor:  # [H, T], [H, T] -> [H] int64

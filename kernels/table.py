@@ -4,9 +4,11 @@ from .adjacent import adjacent_cosine
 from .attention import causal_attention, ragged_attention
 from .banded import banded_attention
 from .dense import dense_attention
+from .error import output_error
 from .mass import attention_mass
 from .op import Op
 from .runs import merge_runs
+from .take import take_rows
 from .window import window_scores
 
 OPS: tuple[Op, ...] = (
@@ -16,6 +18,8 @@ OPS: tuple[Op, ...] = (
     causal_attention,
     dense_attention,
     merge_runs,
+    output_error,
     ragged_attention,
+    take_rows,
     window_scores,
 )

@@ -89,8 +89,8 @@ def check_globals(ids: Tensor, extra: Mapping[str, Tensor], meta: Meta) -> Tenso
     return ids
 
 
-def check_rows(index: int, rows: Rows, meta: Meta) -> Rows:
-    """The same rows; FormatError where positions do not rise within the text, a span is below 1, or NaN turns up."""
+def check_rows(index: int, rows: Rows, meta: Meta) -> None:
+    """FormatError where positions do not rise within the text, a span is below 1, or NaN turns up."""
     rising, name, end = rows.pos[1:] > rows.pos[:-1], layer_name(index), meta.seq.next_pos
     rising[rows.lens.cumsum(0)[:-1] - 1] = True  # where a head begins
     if int(rows.pos.min()) < 0 or int(rows.pos.max()) >= end or not bool(rising.all()):
@@ -98,7 +98,6 @@ def check_rows(index: int, rows: Rows, meta: Meta) -> Rows:
     if rows.span is not None and int(rows.span.min()) < 1:
         raise FormatError(f"the snapshot's tensor {name}.span is wrong", "an entry stands for at least one token")
     check_finite(index, k=rows.k, v=rows.v, bias=rows.bias)
-    return rows
 
 
 def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:

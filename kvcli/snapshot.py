@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .kernels.take import take_rows
 from .meta import Meta
 
 T = TypeVar("T")
@@ -60,6 +61,11 @@ class LayerKV:
         return self.pos >= 0
 
     @property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What attention is over: keys, values, positions, biases."""
+        return self.k, self.v, self.pos, self.bias
+
+    @property
     def lens(self) -> Tensor:  # [H] int64
         return self.real.sum(1)
 
@@ -68,7 +74,7 @@ class LayerKV:
         real, lens = self.real, self.lens.cpu()
         if bool(real.all()):
             return Rows(lens=lens, **{name: part.flatten(0, 1) for name, part in _parts(self)})
-        return Rows(lens=lens, **{name: part[real] for name, part in _parts(self)})
+        return Rows(lens=lens, **_taken(self, real.flatten().nonzero().flatten()))
 
     @classmethod
     def from_rows(cls, rows: Rows) -> "LayerKV":
@@ -76,17 +82,21 @@ class LayerKV:
         heads, longest = len(rows.lens), int(rows.lens.max())
         if rows.uniform:
             return cls(**{name: part.reshape(heads, longest, *part.shape[1:]) for name, part in _parts(rows)})
-        real = torch.arange(longest, device=rows.pos.device) < rows.lens[:, None].to(rows.pos.device)
-        padded = {}
-        for name, part in _parts(rows):
-            padded[name] = part.new_full((heads, longest, *part.shape[1:]), -1 if name == "pos" else 0)
-            padded[name][real] = part
-        return cls(**padded)
+        lens = rows.lens.to(rows.pos.device)[:, None]
+        slot = torch.arange(longest, device=rows.pos.device)
+        return cls(**_taken(rows, torch.where(slot < lens, lens.cumsum(0) - lens + slot, -1)))
 
 
 def _parts(layer: Rows | LayerKV) -> list[tuple[str, Tensor]]:
     every = ((name, getattr(layer, name)) for name in ("k", "v", "pos", "bias", "span"))
     return [(name, part) for name, part in every if part is not None]
+
+
+def _taken(layer: Rows | LayerKV, index: Tensor) -> dict[str, Tensor]:  # [...] int64, rows head after head
+    """All parts of the entries named; index -1 gives padding, of position -1 and else zeros."""
+    k, v = take_rows(layer.k, layer.v, index)
+    small = {name: part.flatten()[index] for name, part in _parts(layer) if name not in ("k", "v")}
+    return {"k": k, "v": v} | {n: part.masked_fill(index < 0, -1 if n == "pos" else 0) for n, part in small.items()}
 
 
 def append(rows: Rows, new: Rows, since: int = 0) -> Rows:
@@ -104,22 +114,17 @@ def append(rows: Rows, new: Rows, since: int = 0) -> Rows:
 
 def gather(kv: LayerKV, index: Tensor) -> LayerKV:  # [H, n] int64, -1 = padding
     """The entries named by `index` in each head; index -1 gives padding."""
-    at, real = index.clamp(min=0), index >= 0
-    wide = at[..., None]
-    pos = torch.where(real, kv.pos.gather(1, at), -1)
-    return LayerKV(
-        k=kv.k.gather(1, wide.expand(-1, -1, kv.k.shape[-1])),
-        v=kv.v.gather(1, wide.expand(-1, -1, kv.v.shape[-1])),
-        pos=pos,
-        bias=None if kv.bias is None else kv.bias.gather(1, at),
-        span=None if kv.span is None else kv.span.gather(1, at),
-    )
+    H, T = kv.pos.shape
+    begin = torch.arange(0, H * T, T, device=index.device)[:, None]
+    return LayerKV(**_taken(kv, torch.where(index < 0, -1, index + begin)))
 
 
 def top_mask(score: Tensor, count: Tensor) -> Tensor:  # [H, T], [H] -> [H, T] bool
     """The `count` highest scores of each head; of equal scores the lower index."""
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return rank < count[:, None].to(rank.device)
+    lowest = [row.kthvalue(len(row) + 1 - max(n, 1)).values for row, n in zip(score, count.tolist(), strict=True)]
+    edge = torch.stack(lowest)[:, None]  # [H, 1], a selection costs a seventh of sorting twice
+    above, tied = score > edge, score == edge
+    return above | (tied & (tied.cumsum(1) <= count[:, None].to(score.device) - above.sum(1, keepdim=True)))
 
 
 def mask_index(mask: Tensor) -> Tensor:  # [H, T] bool -> [H, n] int64

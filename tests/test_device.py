@@ -1,6 +1,6 @@
 """A card gives what the CPU gives: no tensor of one meets a tensor of the other, and what was read stays on the card.
 
-The card is `card.py`'s: there is none here. Operations take the paths of a card, in plain torch.
+The card is `card.py`'s: there is none here. Operations take the paths of a card, their kernels interpreted.
 """
 
 import io
@@ -84,7 +84,9 @@ def work(model: Model) -> tuple[list[Snapshot], list[Any]]:
 @pytest.mark.parametrize(
     "name", ["llama", "mistral sliding", "gemma2", pytest.param("gpt_oss", marks=pytest.mark.slow)]
 )
-def test_a_card_gives_what_the_cpu_gives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_gives_what_the_cpu_gives(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreted: None
+) -> None:
     model = load(str(build(name, tmp_path)), dtype="float32", device="cpu")
     model.net.set_experts_implementation("eager")  # others ask the card what it can
     expected, (said, numbers) = work(model)
@@ -130,7 +132,7 @@ def test_prefill_compress_resume(recipe: str, model: Model, tmp_path: Path, inte
     torch.testing.assert_close(numbers_there, numbers, **CLOSE)
 
 
-def test_a_cache_on_the_card_is_adopted_there(model: Model) -> None:
+def test_a_cache_on_the_card_is_adopted_there(model: Model, interpreted: None) -> None:
     full = prefill(model, IDS, (0, "\n", False))
     wanted = adopt(cache_of(full), IDS, model)
     with torch.inference_mode(), OneCard():
@@ -167,9 +169,8 @@ def sent(value: Any) -> Any:
 @pytest.mark.parametrize(
     "recipe", ["snapkv+adakv", "kvmerger:max_run=4", "kvmerger:keys=rerotate+global", "h2o", "keydiff", "random+global"]
 )
-def test_stages_work_where_their_layer_is(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A kernel needs a real card.
-    monkeypatch.setenv("KVCLI_KERNELS", "ref" if "snapkv" in recipe else "triton")
+def test_stages_work_where_their_layer_is(recipe: str, monkeypatch: pytest.MonkeyPatch, interpreted: None) -> None:
+    monkeypatch.setenv("KVCLI_KERNELS", "triton")
     full, parsed = make_snapshot(tokens=60, bias=True, dtype=torch.float32), Recipe.parse(recipe)
     ask = Ask(0, 1, 2 * 20, 20, 60, 2, 4, 0, 0.3, rope=full.meta.rope)
 

@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 import torch
 from compare import DTYPES, EXACT, check, results
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
 from torch import Tensor
 
-from kvcli.kernels import runs
+from kvcli.kernels import flat
 from kvcli.kernels.runs import merge_runs
 
-RUNS = [pytest.param(merge_runs.ref, id="ref"), pytest.param(merge_runs, id="cpu")]
+RUNS = [
+    pytest.param(merge_runs.ref, id="ref"),
+    pytest.param(merge_runs.cpu, id="cpu"),
+    pytest.param(merge_runs.fused, id="triton"),
+]
+CANCELLED = {**EXACT, torch.float32: 1e-5}  # the few numbers of a merged row may be far smaller than its members
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def merge_one(run: Callable[..., Any], k: Tensor, v: Tensor, pivot: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
@@ -84,7 +92,7 @@ def test_weights_ignore_the_scale_of_keys(run: Callable[..., Any], sigma: str) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("run", RUNS)
 def test_single_entries_are_copied_and_padding_is_not_read(run: Callable[..., Any], dtype: torch.dtype) -> None:
-    k, v, mass, start = merge_runs.inputs({"H": 4, "T": 33, "D": 8, "Dv": 8, "share": 0.6}, dtype, seed=0)
+    k, v, mass, start, *_ = merge_runs.inputs({"H": 4, "T": 33, "D": 8, "Dv": 8, "share": 0.6}, dtype, seed=0)
     k[:, ::3] = -0.0
     v[0, 0, 0] = math.inf
     real = torch.arange(33) < torch.tensor([[33], [20], [0], [1]])
@@ -105,5 +113,24 @@ def test_single_entries_are_copied_and_padding_is_not_read(run: Callable[..., An
 def test_blocks_of_runs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     args = merge_runs.inputs({"H": 3, "T": 129, "D": 16, "Dv": 8, "share": 0.2}, torch.float32, seed=0)
     whole = results(merge_runs, args)
-    monkeypatch.setattr(runs, "BLOCK", 10)
+    monkeypatch.setattr(flat, "BLOCK", 10)
     assert all(map(torch.equal, whole, results(merge_runs, args)))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    some.lists(some.lists(some.booleans(), max_size=12), min_size=1, max_size=3),
+    some.sampled_from(["mean", "rms", 0.0, 2.0]),
+    some.integers(0, 9),
+)
+def test_any_runs_in_heads_of_any_length(heads: list[list[bool]], sigma: str | float, seed: int) -> None:
+    T = max(1, *map(len, heads))
+    real = torch.arange(T) < torch.tensor([len(head) for head in heads])[:, None]
+    start = torch.tensor([[*head, *[True] * T][:T] for head in heads])  # what padding says is not read
+    start[:, 0] = True
+    random = torch.Generator().manual_seed(seed)
+    k, v, mass = (torch.randn(len(heads), T, n, generator=random) for n in (5, 3, 1))
+    args = (k.masked_fill(~real[..., None], math.nan), v, mass[..., 0].round(), start, sigma, real)
+    want = results(merge_runs.ref, args)
+    for run in (merge_runs.cpu, merge_runs.fused):
+        check(results(run, args), want, CANCELLED)

@@ -11,7 +11,7 @@ import click
 from ..errors import UsageError
 from . import streams
 from .names import METHODS
-from .ui import Ui, complete_after, current, device_option, output_options, peak_memory, size
+from .ui import Ui, complete_after, current, device_option, output_options, peak_memory, size, uses_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Say what would be kept and its size; write nothing.")
 @device_option
 @output_options
+@uses_kernels
 def command(file: str | None, method: str, budget: tuple[str, ...], **options: Any) -> None:
     """Keep the entries that matter, merge or drop the rest, and say what it cost.
 

@@ -1,15 +1,18 @@
 """What commands share: options, messages, progress, sizes. stdout is the product, everything else goes to stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
+from ..errors import UsageError
 from .names import METHODS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -81,6 +84,23 @@ def output_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def uses_kernels(command: F) -> F:
+    """Refuses a KVCLI_KERNELS that this machine cannot obey, before any work; goes below all options."""
+
+    @wraps(command)
+    def checked(*args: Any, **options: Any) -> Any:
+        if os.environ.get("KVCLI_KERNELS"):
+            from ..kernels.op import check_forced
+
+            try:
+                check_forced()
+            except ValueError as cause:
+                raise UsageError(str(cause)) from cause
+        return command(*args, **options)
+
+    return cast(F, checked)
 
 
 def current() -> Ui:

@@ -10,7 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InfeasibleError, MismatchError, UsageError
-from ..metrics import relative_error
+from ..kernels.error import relative_error
 from ..snapshot import LayerKV, Rows, Snapshot, Stats, check_finite
 from .extend import extend
 from .identity import NEAR, NEAR_16_BIT

@@ -59,7 +59,7 @@ def attend(
 
 def refuse(query: Tensor, mask: Tensor | None, rest: dict[str, Any], batch: int) -> None:
     """Raise InfeasibleError naming what this attention cannot honour."""
-    strange = sorted(name for name, value in rest.items() if name not in HARMLESS and value is not None)
+    strange = sorted(name for name in rest.keys() - HARMLESS if rest[name] is not None)
     if rest.get("is_causal") is False:
         strange.append("attention in both directions")
     if mask is not None:

@@ -11,9 +11,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InfeasibleError
-from ..kernels.attention import causal_attention, join, ragged_attention
+from ..kernels.attention import causal_attention, ragged_attention
 from ..kernels.banded import banded_attention
-from ..kernels.dense import dense_attention
+from ..kernels.dense import dense_attention, join
 from ..snapshot import Rows
 from .attend import NAME, Law
 
@@ -99,21 +99,22 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     def _all(self, q: Tensor, scale: float, prefix: Part | None) -> list[Part]:
         new = q.shape[1]
         past = self.held - (new if new > 1 else 0)  # a single token sees itself as any other
+        tail = self.keys[:, :past], self.values[:, :past]
         parts = []
         if self.prefix is not None:
-            parts.append(prefix or self.attend_prefix(q, scale))
-        if past:
-            parts.append(dense_attention(q, self.keys[:, :past], self.values[:, :past], None, scale))
+            parts.append(prefix or self.attend_prefix(q, scale, tail))
+        if past and (self.prefix is None or prefix):
+            parts.append(dense_attention(q, *tail, None, scale))
         if new > 1:
             k, v = (part[:, past : self.held] for part in (self.keys, self.values))
             parts.append(causal_attention(q, k, v, scale))
         return parts
 
-    def attend_prefix(self, q: Tensor, scale: float) -> Part:
-        """Attention over the prefix alone, whose entries every query sees."""
+    def attend_prefix(self, q: Tensor, scale: float, tail: tuple[Tensor, Tensor] | None = None) -> Part:
+        """Attention over the prefix, whose entries every query sees, and over a tail [H, S, D] that it sees as well."""
         if self.prefix is None:
             raise ValueError("the layer has no prefix")
-        found: Part = ragged_attention(q, self.prefix.k, self.prefix.v, self.lens, self.prefix.bias, scale)
+        found: Part = ragged_attention(q, self.prefix.k, self.prefix.v, self.lens, self.prefix.bias, scale, tail)
         return found
 
     def _banded(self, q: Tensor, law: Law) -> list[Part]:
