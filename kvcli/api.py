@@ -127,7 +127,7 @@ def prefill(
     warn: Warn = _warn,
     tick: Tick = lambda done, total: None,
 ) -> Snapshot:
-    """Read a document, text or ids, and keep the model's memory of it.
+    """Read a document, text or ids, and keep the model's memory of it, where the model is.
 
     raw: leave out the model's chat template; ids are always read as they are.
     onto: append the document to what this snapshot holds; MismatchError unless the model is the one that made it.

@@ -192,6 +192,7 @@ class Lazy(Sequence[T]):
 class Snapshot:
     """One sequence as a model remembers it. `rows` and `stats` may read a layer when it is asked for.
 
+    Layers may lie on a card; ids, `extra` and the lengths of heads are on the CPU.
     extra: tensors of the whole file by their name there: `stat.final_hidden` [d_model],
         `stat.probe_k`, `stat.probe_v` [L, H, P, D], `report` [L, 4], and those of later versions.
     """

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from card import CARD, CardTensor, OneCard, bare, send
-from make import make_snapshot, opened, packed
+from make import make_snapshot, opened, packed, same
 from test_architectures import IDS, MORE, build
 from torch import Tensor
 from transformers import DynamicCache
 
+import kvcli
 from kvcli.budget import Budget
-from kvcli.device import CPU
+from kvcli.device import CPU, on_device
 from kvcli.model.adopt import adopt
 from kvcli.model.answer import Sampling, answer
 from kvcli.model.batch import answers
@@ -137,6 +138,19 @@ def test_a_cache_on_the_card_is_adopted_there(model: Model, interpreted: None) -
     with torch.inference_mode(), OneCard():
         send(model.net)
         same_on_card(adopt(cache_of(full, CARD), IDS, replace(model, device=CARD)), wanted)
+
+
+def test_compress_takes_the_card_that_is_there(model: Model, interpreted: None) -> None:
+    full = kvcli.prefill(IDS, model)
+    with torch.inference_mode(), OneCard() as card:
+        small, asked = kvcli.compress(full, "knorm", 0.4), [what for _, what in card.log]
+        there = on_device(full, CARD)
+        del card.log[:]
+        again = kvcli.compress(there, "knorm", 0.4, device="cpu")
+        assert asked.count("event 1") == 2 and not card.log
+    for found in (small, again):
+        for one, other in zip(found.rows, kvcli.compress(full, "knorm", 0.4, device="cpu").rows, strict=True):
+            same(one, other)
 
 
 def cache_of(full: Snapshot, device: torch.device = CPU) -> DynamicCache:
