@@ -5,13 +5,16 @@ q [Hq, M, D] is in groups of G heads, one for each KV head; out [Hq, M, Dv] in t
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dense import Part, attention_cost, count_pieces, dense_attention_ref, flash, joined, pieces
-from .op import Op, random
+from .dense import attention_cost, count_pieces, dense_attention_ref, flash, join, pieces, unbound
+from .flash import Part, flash_fused
+from .launch import triton
+from .op import Op, random, strained
 
 BLOCK = 64  # queries at once in the reference
 
@@ -52,15 +55,27 @@ def ragged_attention_cpu(
     if lens.count(lens[0]) == len(lens):
         keys, values = (part.view(len(lens), lens[0], -1) for part in (k, v))
         P = count_pieces(len(lens), rows.shape[2], lens[0])
-        parts = [pieces(rows, keys, values, None if bias is None else bias.view(keys.shape[:2]), scale, P)]
+        found = pieces(rows, keys, values, None if bias is None else bias.view(keys.shape[:2]), scale, P)
     else:
         P = min(count_pieces(1, rows.shape[2], max(lens)), *lens)
         each = _heads(rows, k, v, lens, bias)
-        parts = [_cat([pieces(own, keys, values, added, scale, P) for own, keys, values, added in each], 0)]
-    if tail is not None and tail[0].shape[1]:
-        parts.append(pieces(rows, *tail, None, scale, 1))
-    out, lse = joined(parts, 1)
+        found = _cat([pieces(own, keys, values, added, scale, P) for own, keys, values, added in each], 0)
+    behind = () if tail is None or not tail[0].shape[1] else unbound(pieces(rows, *tail, None, scale, 1))
+    out, lse = join(chain(unbound(found), behind))
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def ragged_attention_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lens: Sequence[int] | Tensor,
+    bias: Tensor | None,
+    scale: float,
+    tail: tuple[Tensor, Tensor] | None = None,
+) -> Part:  # [Hq, M, Dv], [Hq, M] float32
+    """Triton on flat rows and tail. Lengths in a tensor of the card have to be waited for; a list has not."""
+    return flash_fused(q, k, v, scale, bias=bias, lens=_ints(lens), tail=tail)
 
 
 def causal_attention_ref(
@@ -89,13 +104,9 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     return out[0], lse[0]
 
 
-def join(parts: Sequence[Part]) -> Part:  # [(out [.., Dv], lse [..])] -> the same
-    """Attention over several sets of entries from the attention over each; a part with lse -inf counts for nothing."""
-    if len(parts) == 1:
-        return parts[0]
-    out, lse = joined([(out[None], lse[None]) for out, lse in parts], 0)
-    blind = torch.stack([lse for _, lse in parts]).amax(0).isneginf()
-    return out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
+def causal_attention_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
+    """The same in Triton, which skips what lies ahead of a block of queries."""
+    return flash_fused(q, k, v, scale, causal=True)
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None) -> Iterator[tuple[Any, ...]]:
@@ -119,6 +130,7 @@ def _ragged_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tu
     k = random((sum(lens), D), dtype, generator)
     v = random((sum(lens), case.get("Dv", D)), dtype, generator)
     bias = random((sum(lens),), torch.float32, generator) if case["bias"] else None
+    q, bias = strained(case, q, bias)
     sizes = (D, case.get("Dv", D)) if "S" in case else ()
     buffers = tuple(random((len(lens), 2 * case["S"], size), dtype, generator) for size in sizes)  # they grow
     return q, k, v, lens, bias, D**-0.5, tuple(part[:, : case["S"]] for part in buffers) or None
@@ -134,8 +146,10 @@ def _lens(case: Mapping[str, Any]) -> list[int]:
 
 def _ragged_cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
     lens = _lens(case)
-    entries = sum(lens) + len(lens) * case.get("S", 0)
-    return attention_cost(case, itemsize, entries, entries * case["G"] * case["M"])
+    new = len(lens) * case.get("S", 0)  # without biases
+    entries = sum(lens) + new
+    moved, flops = attention_cost(case, itemsize, entries, entries * case["G"] * case["M"])
+    return moved - (4 * new if case["bias"] else 0), flops
 
 
 def _causal_cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
@@ -148,24 +162,26 @@ def _causal_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tu
     generator = torch.Generator().manual_seed(seed)
     shapes = ((M, H * G, D), (M, H, D), (M, H, case.get("Dv", D)))
     q, k, v = (random(shape, dtype, generator).transpose(0, 1) for shape in shapes)
-    return q, k, v, D**-0.5
+    return strained(case, q, None)[0], k, v, D**-0.5
 
 
 ragged_attention = Op(
     name="ragged_attention",
     ref=ragged_attention_ref,
     cpu=ragged_attention_cpu,
+    fused=ragged_attention_fused if triton else None,
     inputs=_ragged_inputs,
     usual={"H": 8, "G": 4, "M": 1, "T": 32768, "D": 128, "bias": True, "S": 64},
-    variants=({}, {"bias": False}),
+    variants=({}, {"bias": False, "S": 0}),
     cost=_ragged_cost,
     cases=(
         {"lens": [1], "G": 1, "M": 1, "D": 16, "bias": False},
         {"lens": [129, 129, 129], "G": 3, "M": 1, "D": 64, "bias": True},
         {"lens": [65, 65], "G": 2, "M": 63, "D": 20, "bias": False},
-        {"lens": [2, 517, 0, 1], "G": 2, "M": 5, "D": 64, "bias": True},
+        {"lens": [2, 2003, 0, 1], "G": 2, "M": 5, "D": 64, "bias": True},
         {"lens": [63, 1], "G": 4, "M": 1, "D": 80, "bias": False},
-        {"lens": [3, 65], "G": 2, "M": 65, "D": 24, "Dv": 16, "bias": True, "S": 2},
+        {"lens": [3, 65], "G": 2, "M": 65, "D": 24, "Dv": 16, "bias": True, "far": True},
+        {"lens": [65, 2], "G": 2, "M": 2, "D": 64, "bias": False, "loud": True},
         {"lens": [65, 65], "G": 3, "M": 1, "D": 64, "bias": False, "S": 63},
         {"lens": [129, 2], "G": 1, "M": 2, "D": 64, "bias": True, "S": 1},
     ),
@@ -175,6 +191,7 @@ causal_attention = Op(
     name="causal_attention",
     ref=causal_attention_ref,
     cpu=causal_attention_cpu,
+    fused=causal_attention_fused if triton else None,
     inputs=_causal_inputs,
     usual={"H": 8, "G": 4, "M": 1024, "D": 128},
     cost=_causal_cost,
@@ -183,6 +200,7 @@ causal_attention = Op(
         {"H": 3, "G": 3, "M": 2, "D": 64},
         {"H": 2, "G": 4, "M": 129, "D": 80},
         {"H": 2, "G": 2, "M": 65, "D": 24, "Dv": 16},
-        {"H": 1, "G": 2, "M": 517, "D": 64},
+        {"H": 1, "G": 1, "M": 517, "D": 16},
+        {"H": 1, "G": 2, "M": 63, "D": 64, "loud": True},
     ),
 )

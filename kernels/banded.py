@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .dense import attention_cost, flash
-from .op import Op, random
+from .flash import flash_fused
+from .launch import triton
+from .op import Op, random, strained
 
 BLOCK, WIDE = 64, 256  # queries at once in the reference, and in a flash call
 
@@ -119,6 +121,22 @@ def _joined(blocks: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Ten
     return out.to(q.dtype), lse
 
 
+def banded_attention_fused(
+    q: Tensor,
+    q_pos: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """The same in Triton, which finds the entries that a block of queries sees by their positions."""
+    pos = pos.expand(len(k), -1)
+    return flash_fused(q, k, v, scale, bias=bias, q_pos=q_pos, pos=pos, window=window, softcap=softcap)
+
+
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     H, G, M, T, D = (case[name] for name in ("H", "G", "M", "T", "D"))
     generator = torch.Generator().manual_seed(seed)
@@ -127,6 +145,7 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     bias = random((H, T), torch.float32, generator) if case["bias"] else None
     pos = torch.randperm(2 * T, generator=generator)[:T].sort().values.int()
     q_pos = torch.arange(M) + case["first"]
+    q, bias = strained(case, q, bias)
     return q, q_pos, k, v, pos, D**-0.5, bias, case["window"], case["softcap"]
 
 
@@ -140,7 +159,7 @@ banded_attention = Op(
     name="banded_attention",
     ref=banded_attention_ref,
     cpu=banded_attention_sliced,
-    fused=banded_attention_sliced,
+    fused=banded_attention_fused if triton else None,
     inputs=_inputs,
     usual={
         "H": 8,
@@ -153,14 +172,28 @@ banded_attention = Op(
         "window": None,
         "softcap": 50.0,
     },
-    variants=({}, {"bias": True}, {"window": 4096, "softcap": None}),
+    variants=({}, {"bias": True}, {"window": 4096, "softcap": None}, {"M": 1, "bias": True}),
     cost=_cost,
     cases=(
         {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False, "first": 3, "window": None, "softcap": None},
         {"H": 3, "G": 3, "M": 1, "T": 129, "D": 64, "bias": True, "first": 258, "window": 63, "softcap": None},
         {"H": 2, "G": 2, "M": 317, "T": 217, "D": 64, "bias": False, "first": 100, "window": 33, "softcap": None},
+        {"H": 2, "G": 2, "M": 9, "T": 2003, "D": 16, "bias": True, "first": 4001, "window": 2900, "softcap": None},
         {"H": 2, "G": 4, "M": 65, "T": 63, "D": 80, "bias": True, "first": 20, "window": None, "softcap": 5.0},
         {"H": 2, "G": 1, "M": 129, "T": 65, "D": 20, "bias": True, "first": 0, "window": 9, "softcap": 2.0},
         {"H": 2, "G": 2, "M": 3, "T": 65, "D": 24, "Dv": 16, "bias": True, "first": 90, "window": 1, "softcap": None},
+        {
+            "H": 2,
+            "G": 2,
+            "M": 2,
+            "T": 65,
+            "D": 64,
+            "bias": True,
+            "first": 90,
+            "window": 60,
+            "softcap": None,
+            "far": True,
+            "loud": True,
+        },
     ),
 )

@@ -44,12 +44,12 @@ class Built:
     dot: str
 
 
-def launches(op: Op, D: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """What the fused path of an op starts for heads of size D, with a label of the case; nothing is run."""
-    for variant in op.variants if op.fused else ():
+def launches(op: Op, D: int, dtype: torch.dtype, target: str) -> Iterator[tuple[str, Launch]]:
+    """What the fused path of an op starts for heads of size D on a target, labelled by case; nothing is run."""
+    for variant in op.variants if op.fused not in (None, op.cpu) else ():
         case = {**op.usual, "D": D, "T": SMALL, **variant}
         label = " ".join([f"D={D}", NAMES[dtype], *(f"{name}={value}" for name, value in variant.items())])
-        with recorded() as noted:
+        with recorded(target) as noted:
             op.fused(*op.inputs(case, dtype, 0))  # type: ignore[misc]
         yield from ((label, launch) for launch in noted)
 

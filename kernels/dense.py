@@ -3,20 +3,21 @@
 q [Hq, M, D] in groups of G heads, one for each KV head; k [H, T, D], v [H, T, Dv], bias [H, T]; any strides.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .op import Op, random
+from .flash import Part, flash_fused
+from .launch import triton
+from .op import Op, random, strained
 
 BLOCK = 64  # queries at once in the reference
 FEW = 32  # queries that a flash call takes as one block
 SHORT = 512  # entries that are not worth another piece
-
-Part = tuple[Tensor, Tensor]  # outputs and their LSE
+MOST = 8  # pieces that are worth their joining
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -50,8 +51,15 @@ def dense_attention_cpu(
     if k.shape[-1] != v.shape[-1] or not q.numel() or not k.numel():
         return dense_attention_ref(q, k, v, bias, scale)
     rows = q.reshape(len(k), 1, -1, q.shape[-1])
-    out, lse = joined([pieces(rows, k, v, bias, scale, count_pieces(len(k), rows.shape[2], k.shape[1]))], 1)
+    out, lse = join(unbound(pieces(rows, k, v, bias, scale, count_pieces(len(k), rows.shape[2], k.shape[1]))))
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def dense_attention_fused(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # [Hq, M, Dv], [Hq, M] float32
+    """The same in Triton."""
+    return flash_fused(q, k, v, scale, bias=bias)
 
 
 def pieces(
@@ -78,7 +86,7 @@ def count_pieces(H: int, R: int, T: int) -> int:
     The call shares out heads and blocks of rows alone: one head with few queries would keep one thread busy.
     """
     threads = torch.get_num_threads()
-    return max(1, min(threads // gcd(H, threads), T // SHORT)) if R <= FEW else 1
+    return max(1, min(threads // gcd(H, threads), T // SHORT, MOST)) if R <= FEW else 1
 
 
 def _overlapping(part: Tensor, P: int) -> Tensor:  # [H, T, D] -> [H, P, T // P + T % P, D]
@@ -96,18 +104,20 @@ def _once(k: Tensor, bias: Tensor | None, over: int) -> Tensor | None:  # [H, P,
     return bias
 
 
-def joined(parts: Sequence[Part], dim: int) -> Part:
-    """Attention over several sets of entries from the attention over each, which are listed along `dim`.
+def join(parts: Iterable[Part]) -> Part:  # [(out [.., Dv], lse [..])] -> the same
+    """Attention over several sets of entries from the attention over each; a part with lse -inf counts for nothing."""
+    (first, lse), *rest = parts
+    out = first.float() if rest else first
+    for other, its_lse in rest:
+        share = torch.sigmoid(its_lse - lse).nan_to_num_()  # nan: neither part saw anything
+        out = torch.lerp(out, other.float(), share.unsqueeze_(-1))
+        lse = torch.logaddexp(lse, its_lse)
+    return out.to(first.dtype), lse
 
-    One with lse -inf counts for nothing; where all are, the result is NaN.
-    """
-    out, lse = parts[0] if len(parts) == 1 else (torch.cat(each, dim) for each in zip(*parts, strict=True))
-    if lse.shape[dim] == 1:
-        return out.squeeze(dim), lse.squeeze(dim)
-    share = lse.softmax(dim)
-    # the largest lse and its share tell the whole at a third of the price of logsumexp
-    whole = lse.amax(dim) - share.amax(dim).log_()
-    return (share.unsqueeze_(-1) * out).sum(dim).to(out.dtype), whole
+
+def unbound(part: Part) -> Iterator[Part]:  # [H, P, R, D], [H, P, R] -> P x ([H, R, D], [H, R])
+    """The pieces apart, for `join`."""
+    return zip(part[0].unbind(1), part[1].unbind(1), strict=True)
 
 
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
@@ -116,6 +126,7 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
     k, v = (random((H, 2 * T, size), dtype, generator)[:, :T] for size in (D, case.get("Dv", D)))  # a growing buffer
     bias = random((H, T), torch.float32, generator) if case["bias"] else None
+    q, bias = strained(case, q, bias)
     return q, k, v, bias, D**-0.5
 
 
@@ -138,15 +149,18 @@ dense_attention = Op(
     name="dense_attention",
     ref=dense_attention_ref,
     cpu=dense_attention_cpu,
+    fused=dense_attention_fused if triton else None,
     inputs=_inputs,
     usual={"H": 8, "G": 4, "M": 1024, "T": 32768, "D": 128, "bias": False},
-    variants=({}, {"bias": True}),
+    variants=({}, {"bias": True}, {"M": 1}),
     cost=_cost,
     cases=(
         {"H": 1, "G": 1, "M": 1, "T": 1, "D": 16, "bias": False},
         {"H": 3, "G": 3, "M": 1, "T": 129, "D": 64, "bias": True},
         {"H": 2, "G": 2, "M": 65, "T": 517, "D": 64, "bias": False},
+        {"H": 2, "G": 2, "M": 9, "T": 2003, "D": 16, "bias": True},
         {"H": 2, "G": 4, "M": 5, "T": 63, "D": 80, "bias": True},
-        {"H": 2, "G": 2, "M": 3, "T": 65, "D": 24, "Dv": 16, "bias": True},
+        {"H": 2, "G": 2, "M": 3, "T": 65, "D": 24, "Dv": 16, "bias": True, "far": True},
+        {"H": 2, "G": 1, "M": 2, "T": 65, "D": 64, "bias": False, "loud": True},
     ),
 )

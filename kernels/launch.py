@@ -18,7 +18,7 @@ except ImportError:
     triton = tl = None  # no wheel for this system: ref and cpu remain
 
 
-__all__ = ["Kernel", "Launch", "recorded", "run", "tl", "triton"]
+__all__ = ["Kernel", "Launch", "helper", "interpreted", "recorded", "run", "target_of", "tl", "triton"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Launch:
 
 
 _record: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
+_target: ContextVar[str | None] = ContextVar("target", default=None)
 
 
 class Kernel:
@@ -63,6 +64,16 @@ class Kernel:
         return {**given, "UPCAST": upcast} if "UPCAST" in self.jit.arg_names else given
 
 
+def helper(fn: Callable[..., Any]) -> Any:
+    """A function that kernels call."""
+    return triton.jit(fn) if triton else fn
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 stands in for a card."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
 def run(launch: Launch) -> None:
     """Run a launch on the device of its first tensor."""
     kernel, first = launch.kernel, next(arg for arg in launch.args if isinstance(arg, Tensor))
@@ -73,11 +84,22 @@ def run(launch: Launch) -> None:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Kernels started inside are noted and not run; what they should have written stays as it was."""
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Kernels started inside are noted as for a target, and not run; what they should have written stays as it was."""
     launches: list[Launch] = []
-    token = _record.set(launches)
+    tokens = _record.set(launches), _target.set(target)
     try:
         yield launches
     finally:
-        _record.reset(token)
+        _record.reset(tokens[0])
+        _target.reset(tokens[1])
+
+
+def target_of(device: torch.device) -> str:
+    """What kernels for this device are compiled for, such as sm_90; "" for AMD's cards and in the interpreter."""
+    if (noted := _target.get()) is not None:
+        return noted
+    if device.type != "cuda" or torch.version.hip or not torch.version.cuda:
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -4,6 +4,7 @@ from .adjacent import adjacent_cosine
 from .attention import causal_attention, ragged_attention
 from .banded import banded_attention
 from .dense import dense_attention
+from .error import output_error
 from .mass import attention_mass
 from .op import Op
 from .runs import merge_runs
@@ -17,6 +18,7 @@ OPS: tuple[Op, ...] = (
     causal_attention,
     dense_attention,
     merge_runs,
+    output_error,
     ragged_attention,
     take_rows,
     window_scores,

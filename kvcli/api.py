@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import snapshot
+from .device import find_device
 from .errors import UsageError
 from .model import text as texts
 from .model.adopt import adopt
@@ -126,7 +127,7 @@ def prefill(
     warn: Warn = _warn,
     tick: Tick = lambda done, total: None,
 ) -> Snapshot:
-    """Read a document, text or ids, and keep the model's memory of it.
+    """Read a document, text or ids, and keep the model's memory of it, where the model is.
 
     raw: leave out the model's chat template; ids are always read as they are.
     onto: append the document to what this snapshot holds; MismatchError unless the model is the one that made it.
@@ -167,18 +168,19 @@ def compress(
     *,
     seed: int = 0,
     keep_stats: bool = False,
+    device: str | torch.device = "auto",
 ) -> Snapshot:
     """A smaller snapshot by a recipe such as "snapkv+adakv" and a budget such as "35%", 0.35, 512 or "64MiB".
 
     It is written to a temporary file without a name and read back from there: what you get is what `save` writes.
-    Raises UsageError, InfeasibleError.
+    device: where the work is done, by default on the card if there is one. Raises UsageError, InfeasibleError.
     """
     need_snapshot(snapshot)
     recipe = Recipe.parse(method)
     budgets = recipe.budgets([] if budget is None else [str(budget)])
     file = getattr(snapshot, "file", None)
-    parent = file.digest if file else ""
-    plans = make_plans(snapshot, recipe, budgets, seed=seed, parent=parent, keep_stats=keep_stats)
+    how: dict[str, Any] = {"seed": seed, "parent": file.digest if file else "", "keep_stats": keep_stats}
+    plans = make_plans(snapshot, recipe, budgets, **how, device=find_device(str(device)))
     with TemporaryFile() as copy:
         carry_out(snapshot, plans, [copy])
         return _in_file(Reader(copy))

@@ -139,7 +139,7 @@ class Bench:
 
     def _cell(self, full: Path, cell: Cell) -> Facts:
         small = self.folder / "small.kv.safetensors"
-        args = compressing(full, small, cell, self.seed)
+        args = [*compressing(full, small, cell, self.seed), "--device", self.model.device.type]
         runs = [compressed(args) for _ in range(self.runs)]
         timed = _medians([{"seconds": run["seconds"], **self._ask(small)} for run in runs])
         told = {"output_error": runs[0]["output_error"], "peak_memory": max(run["peak_memory"] for run in runs)}

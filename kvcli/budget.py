@@ -88,19 +88,18 @@ def protection(B: int, lead: int) -> tuple[int, int]:
 
 
 def share_out(want: Tensor, total: int, low: Tensor, high: Tensor) -> Tensor:  # [X], [X], [X] -> [X] int64
-    """Whole numbers near `want` that add up to `total`, each within [low, high].
+    """Whole numbers near `want` that add up to `total`, each within [low, high]; on the CPU.
 
     Largest remainder, ties to the lower index; what the bounds take or free is shared evenly among the rest.
     Raises InfeasibleError when the bounds leave no room for the total.
     """
-    low, high = low.long(), high.long()
+    want, low, high = want.double().cpu(), low.long().cpu(), high.long().cpu()
     if not int(low.sum()) <= total <= int(high.sum()):
         raise InfeasibleError(
             f"{total} entries cannot be shared out: the heads need {int(low.sum())} and hold {int(high.sum())}",
             "protected entries (sink=, recent=) count inside the budget",
             "raise the budget or protect less",
         )
-    want = want.double()
     count = want.clamp(low.double(), high.double()).floor().long()
     order = (want - want.floor()).argsort(descending=True, stable=True)
     while (missing := total - int(count.sum())) != 0:

@@ -186,7 +186,7 @@ class _Measure:
         sources = [(self.aimed(trial), [trial]) for trial in self.exam.trials] if self.grid.known else whole
         parts: list[list[Unit]] = [[] for _ in budgets]
         for snapshot, trials in sources:
-            plans = make_plans(snapshot, recipe, budgets, seed=self.grid.seed)
+            plans = make_plans(snapshot, recipe, budgets, seed=self.grid.seed, device=self.model.device)
             with ExitStack() as stack:
                 copies = [stack.enter_context(TemporaryFile()) for _ in plans]
                 carry_out(snapshot, plans, copies)

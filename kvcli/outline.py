@@ -60,3 +60,8 @@ class Outline:
     def kv_bytes(self) -> int:
         """Bytes of keys and values as they are encoded."""
         return sum(spec.nbytes for spec in self.specs if is_payload(spec.name))
+
+
+def hollow(stats: Stats) -> Stats:
+    """The same shapes and dtypes without the numbers."""
+    return Stats(**{name: part.to("meta") for name, part in stats.present().items()})

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .budget import Budget, protection
+from .device import CPU, ahead, blaming_card
 from .errors import InfeasibleError, KvError
 from .layers import layer_tensors
 from .meta import Json
 from .metrics import median_p95, output_error
-from .outline import Outline
+from .outline import Outline, hollow
 from .recipe import Recipe, evicting
 from .registry import Ask, Scored
 from .snapshot import LayerKV, Snapshot, Stats, check_finite
@@ -32,8 +33,10 @@ class Plan:
     scored: Sequence[Scored | None]  # one a layer; None where the layer stays as it is
     outline: Outline
     keep_stats: bool
+    device: torch.device  # where both passes work; how many entries stay is decided on the CPU
 
 
+@blaming_card()
 def make_plans(
     snapshot: Snapshot,
     recipe: Recipe,
@@ -42,6 +45,7 @@ def make_plans(
     seed: int = 0,
     parent: str = "",
     keep_stats: bool = False,
+    device: torch.device = CPU,
     tick: Tick = lambda done, total: None,
 ) -> list[Plan]:
     """The first pass: read and score every layer once and decide what each budget keeps; one plan a budget.
@@ -59,22 +63,25 @@ def make_plans(
     asks = [
         _ask(snapshot, recipe, budget, stats, sliding, entry) for budget, entry in zip(budgets, entries, strict=True)
     ]
-    lens: list[Tensor] = []
-    scored: list[list[Scored | None]] = [[] for _ in asks]
-    for i in range(len(snapshot.rows)):
-        kv = snapshot.layer(i)
-        check_finite(i, k=kv.k, v=kv.v, bias=kv.bias)
-        lens.append(kv.lens)
-        for mine, part in zip(scored, _score_layer(snapshot, recipe, i, kv, asks), strict=True):
-            mine.append(part)
-        tick(i + 1, len(snapshot.rows))
+    lens, scored = list[Tensor](), [list[Scored | None]() for _ in asks]
+    with ahead(snapshot, device) as layers:
+        for i, rows, part in layers:
+            lens.append(rows.lens)
+            check_finite(i, k=rows.k, v=rows.v, bias=rows.bias)
+            kv = LayerKV.from_rows(rows)
+            del rows
+            for mine, each in zip(scored, _score_layer(snapshot, recipe, i, kv, part, asks), strict=True):
+                mine.append(each)
+            del kv, part
+            tick(i + 1, len(snapshot.rows))
     plans = []
     for ask, mine, entry in zip(asks, scored, entries, strict=True):
         counts, used = _allocate(recipe, mine, lens, ask)
-        plans.append(Plan(used, ask, mine, _outline(snapshot, used, counts, stats, entry), keep_stats))
+        plans.append(Plan(used, ask, mine, _outline(snapshot, used, counts, stats, entry), keep_stats, device))
     return plans
 
 
+@blaming_card()
 def carry_out(
     snapshot: Snapshot,
     plans: Sequence[Plan],
@@ -93,8 +100,9 @@ def carry_out(
         for plan, target in zip(plans, targets, strict=True):
             outs.append(stack.enter_context(Writer(target, plan.outline.specs, plan.outline.meta, force=force)))
             outs[-1].put("ids", snapshot.ids)
-        for i in range(len(snapshot.rows)):
-            kv, stats = snapshot.layer(i), snapshot.stats[i]
+        for i, rows, stats in stack.enter_context(ahead(snapshot, plans[0].device)):
+            kv = LayerKV.from_rows(rows)
+            del rows
             for plan, out, report in zip(plans, outs, reports, strict=True):
                 report[i] = _write_layer(plan, i, kv, stats, out)
             del kv, stats
@@ -109,11 +117,6 @@ def protect(scored: Scored, kv: LayerKV, ask: Ask) -> Scored:
     """Sinks and newest entries must stay (+inf); padding never does (-inf)."""
     kept = (kv.pos < ask.sink) | (kv.pos >= ask.N - ask.recent)
     return replace(scored, score=scored.score.masked_fill(kept, torch.inf).masked_fill(~kv.real, -torch.inf))
-
-
-def hollow(stats: Stats) -> Stats:
-    """The same shapes and dtypes without the numbers."""
-    return Stats(**{name: part.to("meta") for name, part in stats.present().items()})
 
 
 def _sliding(snapshot: Snapshot) -> dict[int, Tensor]:
@@ -161,10 +164,11 @@ def _ask(
     return ask
 
 
-def _score_layer(snapshot: Snapshot, recipe: Recipe, i: int, kv: LayerKV, asks: Sequence[Ask]) -> list[Scored | None]:
+def _score_layer(
+    snapshot: Snapshot, recipe: Recipe, i: int, kv: LayerKV, stats: Stats, asks: Sequence[Ask]
+) -> list[Scored | None]:
     if recipe.score is None or i not in snapshot.meta.held:
         return [None] * len(asks)
-    stats = snapshot.stats[i]
     _check_stats(recipe, stats, i, bool(snapshot.meta.history))
     raw: Scored | None = None
     result: list[Scored | None] = []
@@ -203,7 +207,7 @@ def _allocate(
         return lens, evicting(recipe)
     counts = list(lens)
     for i, count in zip(parts, shared, strict=True):
-        counts[i] = count
+        counts[i] = count.cpu()
     return counts, evicting(recipe) if all(map(torch.equal, counts, lens)) else recipe
 
 
@@ -223,9 +227,9 @@ def _write_layer(plan: Plan, i: int, kv: LayerKV, stats: Stats, out: Writer) -> 
     scored, recipe, ask = plan.scored[i], plan.recipe, replace(plan.ask, layer=i)
     small, kept = kv, scored
     if scored is not None:
-        small, pivot = recipe.reduce(kv, stats, scored, plan.outline.counts[i], ask)
+        small, pivot = recipe.reduce(kv, stats, scored, plan.outline.counts[i].to(kv.pos.device), ask)
         kept = replace(scored, score=scored.score.gather(1, pivot.clamp(min=0)))
-        if not torch.equal(small.lens, plan.outline.counts[i]):
+        if not torch.equal(small.lens.cpu(), plan.outline.counts[i]):
             raise ValueError(f"{recipe.reduce.stage.name} did not return the asked number of entries")
     rows = small.rows()
     payload = recipe.encode(small, kept, ask)

@@ -22,7 +22,7 @@ class Rows:
     k: Tensor  # [E, D]
     v: Tensor  # [E, Dv]
     pos: Tensor  # [E] int32
-    lens: Tensor  # [H] int64
+    lens: Tensor  # [H] int64, on the CPU wherever the others are
     bias: Tensor | None = None  # [E] float32
     span: Tensor | None = None  # [E] int32
 
@@ -61,12 +61,17 @@ class LayerKV:
         return self.pos >= 0
 
     @property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What attention is over: keys, values, positions, biases."""
+        return self.k, self.v, self.pos, self.bias
+
+    @property
     def lens(self) -> Tensor:  # [H] int64
         return self.real.sum(1)
 
     def rows(self) -> Rows:
         """The same entries without padding; a view when no head is padded."""
-        real, lens = self.real, self.lens
+        real, lens = self.real, self.lens.cpu()
         if bool(real.all()):
             return Rows(lens=lens, **{name: part.flatten(0, 1) for name, part in _parts(self)})
         return Rows(lens=lens, **_taken(self, real.flatten().nonzero().flatten()))
@@ -97,8 +102,8 @@ def _taken(layer: Rows | LayerKV, index: Tensor) -> dict[str, Tensor]:  # [...] 
 def append(rows: Rows, new: Rows, since: int = 0) -> Rows:
     """The entries of each head at positions `since` and later, and behind them those of `new`, which has no bias."""
     seen = rows.pos >= since
-    lens = torch.stack([part.sum() for part in torch.split(seen, rows.lens.tolist())])
-    blank = {"bias": torch.zeros(len(new.pos)), "span": torch.ones_like(new.pos)}
+    lens = torch.stack([part.sum() for part in torch.split(seen, rows.lens.tolist())]).cpu()
+    blank = {"bias": torch.zeros(len(new.pos), device=new.pos.device), "span": torch.ones_like(new.pos)}
     joined = {}
     for name, part in _parts(rows):
         old, added = part if bool(seen.all()) else part[seen], blank.get(name, getattr(new, name)).to(part.dtype)
@@ -187,6 +192,7 @@ class Lazy(Sequence[T]):
 class Snapshot:
     """One sequence as a model remembers it. `rows` and `stats` may read a layer when it is asked for.
 
+    Layers may lie on a card; ids, `extra` and the lengths of heads are on the CPU.
     extra: tensors of the whole file by their name there: `stat.final_hidden` [d_model],
         `stat.probe_k`, `stat.probe_v` [L, H, P, D], `report` [L, 4], and those of later versions.
     """

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +18,16 @@ def stamp(device: torch.device) -> dict[str, str]:
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     found = (__version__, torch.__version__, version("transformers"), platform.python_version(), device.type, processor)
     return dict(zip(STAMP, map(str, found), strict=True))
+
+
+def commit() -> str | None:
+    """The commit of the checkout this is run from, with -dirty where files differ; None where it was installed."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    describe = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(describe, capture_output=True, text=True, cwd=root, check=False)
+    return done.stdout.strip() or None
 
 
 def _cpu() -> str:

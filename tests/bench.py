@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcli.cli.tables import print_tables
+from kvcli.stamp import commit
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "samples/bench.jsonl"
@@ -46,11 +47,6 @@ def measured(kind: str) -> list[dict[str, Any]]:
 
     model = load(None, dtype="bfloat16")
     return [{**row, **stamp(model.device)} for row in ratios(model)]
-
-
-def commit() -> str:
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
 
 
 def show(kind: str, rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """Results of ops held against each other, with a tolerance for each dtype."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,20 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from kvcli.kernels.close import EXACT, QUICK, error, results
+
+__all__ = ["DTYPES", "EXACT", "QUICK", "check", "each", "error", "results", "strided"]
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Relative RMS error by the dtype of a result: half a unit in its last place.
-EXACT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.int64: 0.0}
-# With 16-bit inputs the flash call takes a quick exponential, and its LSE is float32 all the same.
-QUICK = {**EXACT, torch.float32: 2e-5}
-# A float32 logit of 1e4 is known to a thousandth, and its exponential no better.
+# At 1e4 a float32 logit has a unit in the last place of 1e-3, and weights are exponentials of such logits.
 LOUD = {**EXACT, torch.float32: 5e-3}
-SQUARES = 5e-6  # squared deviations: errors of an exponential count twice, and differences keep them
 Results = list[Tensor]
-
-
-def results(fn: Callable[..., Any], args: tuple[Any, ...]) -> Results:
-    out = fn(*args)
-    return [out] if isinstance(out, Tensor) and out.dim() < 3 else list(out)  # parts of a stack differ in size
 
 
 def each(change: Callable[[Tensor], Tensor], args: Any) -> Any:
@@ -35,18 +28,7 @@ def strided(part: Tensor) -> Tensor:
 
 
 def tolerance(case: Mapping[str, Any], usual: Mapping[torch.dtype, float]) -> Mapping[torch.dtype, float]:
-    if case.get("loud"):
-        return LOUD
-    return {**usual, torch.float32: max(usual[torch.float32], SQUARES)} if case.get("moments") else usual
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """Relative RMS difference; infinite where infinities or shapes differ."""
-    got, want = got.double(), want.double()
-    finite = want.isfinite()
-    if got.shape != want.shape or not torch.equal(got[~finite], want[~finite]):
-        return math.inf
-    return float((got - want)[finite].norm() / want[finite].norm().clamp(min=1e-30))
+    return LOUD if case.get("loud") else usual
 
 
 def check(got: Results, want: Results, tolerance: Mapping[torch.dtype, float]) -> None:

@@ -9,16 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench import EVALS
 
 from kvcli.cli import COMMANDS
+from kvcli.cli.kernels import LAYERS, case_words
 from kvcli.cli.tables import print_tables
+from kvcli.cli.ui import size
+from kvcli.kernels.floors import floors
+from kvcli.kernels.table import OPS
 from kvcli.recipe import written
 from kvcli.registry import stages
 
 ROOT = Path(__file__).parent.parent
 NAMES = ROOT / "kvcli/cli/names.py"
 README = ROOT / "README.md"
+BANDWIDTH, FLOPS = 3.35e12, 990e12  # of an H100 SXM, the flops in bf16 on its tensor cores
 
 
 def names_file() -> str:
@@ -109,6 +115,21 @@ def ratio_table() -> str:
     return "\n".join(rows)
 
 
+def kernels_table() -> str:
+    """What the ops cost a model of 32 layers, and the least time that takes on a card."""
+    title = (
+        f"| op | Triton kernels | one layer | bytes | GFLOP | {BANDWIDTH / 1e12} TB/s | {FLOPS / 1e12:.0f} TFLOP/s |"
+    )
+    rows = [title, "| --- | --- | --- |" + " ---: |" * 4]
+    for row in floors(OPS, torch.device("cpu"), 32768, BANDWIDTH):
+        moved, flops = LAYERS * row["bytes"], LAYERS * row["flops"]
+        kernels = ", ".join(f"`{name}`" for name in row["kernels"]) or "none"
+        times = (f"{moved / BANDWIDTH * 1e3:.2f} ms", f"{flops / FLOPS * 1e3:.2f} ms")
+        cells = (f"`{row['op']}`", kernels, case_words(row["case"]), size(moved), f"{flops / 1e9:,.1f}", *times)
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def _number(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else ""
 
@@ -132,6 +153,7 @@ PARTS = {
     **{kind: partial(eval_table, kind) for kind in EVALS},
     "peer": peer_table,
     "ratios": ratio_table,
+    "kernels": kernels_table,
 }
 
 

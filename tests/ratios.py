@@ -5,16 +5,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from big import make_big
+from decoding import decoding
 from transformers import DynamicCache
 
 from kvcli.budget import Budget
 from kvcli.header import summary
+from kvcli.kernels.attention import causal_attention
+from kvcli.kernels.mass import attention_mass
 from kvcli.meta import Layout
 from kvcli.model.answer import Sampling, answer
 from kvcli.model.attend import Law
@@ -52,9 +56,10 @@ def row(what: str, aim: str, ours: list[float], theirs: list[float]) -> dict[str
 
 def ratios(model: Model) -> list[dict[str, Any]]:
     plain = load(None, dtype="bfloat16", attention="sdpa")
-    rows = [prefilling(model, plain)]
+    rows = [prefilling(model, plain), *massing()]
     with TemporaryDirectory() as folder:
         rows += from_file(model, plain, Path(folder))
+        rows += decoding(model, plain, document(model)[0], Path(folder), versus)
         rows.append(starting())
         rows += compressing(Path(folder))
     return rows
@@ -75,9 +80,26 @@ def prefilling(model: Model, plain: Model) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def from_file(model: Model, plain: Model, folder: Path) -> list[dict[str, Any]]:
+def massing() -> list[dict[str, Any]]:
+    """Shapes of the default model and of an 8B model."""
+    rows = []
+    for H, G, D, T in ((3, 3, 64, 4096), (8, 4, 128, 2048)):
+        case = {"H": H, "G": G, "D": D, "T": T, "M": None}
+        q, k, lse, scale, causal, _ = attention_mass.inputs(case, torch.bfloat16, 0)
+        what = f"attention mass of {T:,} tokens, {H * G} query and {H} KV heads of {D} / one flash forward"
+        flash = partial(causal_attention, q, k, k, scale)
+        rows.append(versus(what, "at most 1.4", partial(attention_mass, q, k, lse, scale, causal), flash, 9))
+    return rows
+
+
+def document(model: Model) -> tuple[list[int], int, str]:
     text = (ROOT / "samples/harbour.txt").read_text()
-    ids, lead, tail = document_ids(model.tokenizer, text, chat=True)
+    return document_ids(model.tokenizer, text, chat=True)
+
+
+@torch.inference_mode()
+def from_file(model: Model, plain: Model, folder: Path) -> list[dict[str, Any]]:
+    ids, lead, tail = document(model)
     question = question_ids(model.tokenizer, "What changed in the third quarter?", "", tail)
     snapshot = prefill(model, ids, (lead, tail, True))
     write_snapshot(snapshot, folder / "full")
@@ -191,7 +213,7 @@ def compressing(folder: Path) -> list[dict[str, Any]]:
             runs[side].append(facts["seconds"])
             peaks[side] = facts
     size = (folder / "big").stat().st_size / 2**30
-    speed = row(f"compress of {size:.2f} GiB by kvmerger to 35% / cloning and rewriting it", "at most 8", **runs)
+    speed = row(f"compress of {size:.2f} GiB by kvmerger to 35% / cloning and rewriting it", "at most 3", **runs)
     facts = peaks["ours"]
     over = (facts["peak"] - facts["baseline"] - 2 * facts["layer"] - facts["scores"]) / 1e6
     what = "MB of peak memory of that compress beyond torch, two layers and the scores"

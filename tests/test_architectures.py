@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from kvcli.cli import run
 from kvcli.errors import InfeasibleError
-from kvcli.metrics import attend
+from kvcli.kernels.error import attend
 from kvcli.model.answer import Sampling, answer
 from kvcli.model.batch import answers
 from kvcli.model.cache import make_cache, named
@@ -205,7 +205,7 @@ def test_metrics_know_the_models_attention(folder: Path, model: Model) -> None:
         stats = snapshot.stats[i]
         assert stats.q_probe is not None and stats.q_probe_pos is not None
         law = layout.scale, layout.softcap, stats.sink_logit
-        out = attend(stats.q_probe, stats.q_probe_pos, snapshot.layer(i), *law)
+        out = attend(stats.q_probe, stats.q_probe_pos, snapshot.layer(i).entries, *law)
         torch.testing.assert_close(out.double(), outputs[i][:, stats.q_probe_pos.long()], atol=1e-4, rtol=1e-4)
 
 

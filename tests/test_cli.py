@@ -175,6 +175,28 @@ def test_bad_input(work: Path, capsys: pytest.CaptureFixture[str], line: str, co
     assert not (work / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prefill doc.txt --model model -o x",
+        "compress a.kv.safetensors -m random -b 20% -o x",
+        "resume b -p x",
+        "eval doc.txt --model model",
+    ],
+)
+def test_a_card_that_is_not_there(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    told = []
+    for args, given in ((["--device", "cuda"], ""), ([], "cuda")):
+        monkeypatch.setenv("KVCLI_DEVICE", given)
+        assert run([*line.split(), *args]) == 6
+        told.append(capsys.readouterr().err)
+    assert "--device cuda: torch sees no GPU here\n       use --device cpu" in told[0] and told[0] == told[1]
+    assert not (work / "x").exists()
+
+
 def test_a_trusted_model_only_warns(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("resume b -p x -n 2 --model other --trust-model".split()) == 0
     assert "warning" in capsys.readouterr().err

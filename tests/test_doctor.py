@@ -55,9 +55,11 @@ def test_the_twins_are_those_that_run(
 ) -> None:
     monkeypatch.setenv("KVCLI_KERNELS", "ref")
     assert {*looked(capsys, 0)["kernels"].values()} == {"ref"}
-    monkeypatch.setenv("KVCLI_KERNELS", "fast")
-    facts = looked(capsys, 1)
-    assert "KVCLI_KERNELS=fast" in facts["problems"][0]["what"] and facts["kernels"] == {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for asked in ("fast", "triton"):
+        monkeypatch.setenv("KVCLI_KERNELS", asked)
+        facts = looked(capsys, 1)
+        assert f"KVCLI_KERNELS={asked}" in facts["problems"][0]["what"] and facts["kernels"] == {}
 
 
 def test_models_and_what_stands_in_for_them(

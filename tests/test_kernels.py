@@ -2,22 +2,22 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 from compare import DTYPES, EXACT, QUICK, Results, check, each, error, results, strided, tolerance
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from kvcli.kernels.adjacent import adjacent_cosine
-from kvcli.kernels.attention import causal_attention, join, ragged_attention
-from kvcli.kernels.dense import count_pieces, dense_attention
+from kvcli.kernels.attention import causal_attention, ragged_attention
+from kvcli.kernels.dense import count_pieces, dense_attention, join
 from kvcli.kernels.mass import attention_mass
-from kvcli.kernels.op import Op
+from kvcli.kernels.op import Fn, Op
 from kvcli.kernels.runs import merge_runs
 from kvcli.kernels.table import OPS
 from kvcli.kernels.take import take_rows
@@ -30,13 +30,13 @@ GROUPED = ("q", "lse", "sink_logit", "tail")  # arguments by head, others may be
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 
-@pytest.fixture(params=["ref", "cpu", "triton"])
-def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ops take this path."""
-    monkeypatch.setenv("KVCLI_KERNELS", request.param)
-    if request.param == "triton":
+@pytest.fixture(params=["ref", "cpu", "fused"])
+def twin(request: pytest.FixtureRequest) -> Callable[[Op], Fn]:
+    """One twin of an op, that of a card interpreted."""
+    if request.param == "fused":
         pytest.importorskip("triton", reason="no Triton for this system")
         request.getfixturevalue("interpreted")
+    return attrgetter(request.param)
 
 
 def softmax(logit: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +86,23 @@ def naive_dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, 
     return softmax(logit, v.repeat_interleave(G, 0))
 
 
+def naive_output_error(
+    q: Tensor, q_pos: Tensor, before: Any, after: Any, scale: float, softcap: float | None, sink: Tensor | None
+) -> Tensor:
+    outputs = []
+    for k, v, pos, bias in (before, after):
+        head = torch.arange(len(q)) // (len(q) // len(k))
+        logit = cap(q @ k[head].mT * scale, softcap) + (0 if bias is None else bias[head, None])
+        seen = (pos[head, None] >= 0) & (pos[head, None] <= q_pos[:, None])
+        logit, values = logit.masked_fill(~seen, -math.inf), v[head]
+        if sink is not None:
+            logit = torch.cat([logit, sink[:, None, None].expand(-1, len(q_pos), 1)], 2)
+            values = torch.nn.functional.pad(values, (0, 0, 0, 1))
+        outputs.append(softmax(logit, values)[0])
+    full, other = outputs
+    return (other - full).norm(dim=-1) / full.norm(dim=-1)
+
+
 def naive_ragged_attention(
     q: Tensor, k: Tensor, v: Tensor, lens: list[int], bias: Tensor | None, scale: float, tail: Any
 ) -> Results:
@@ -109,10 +126,16 @@ def naive_window_scores(
     logit = logit.masked_fill(~seen, -math.inf)
     if sink is not None:
         logit = torch.cat([logit, sink[:, None, None].expand(-1, logit.shape[1], 1)], 2)
-    weight = logit.softmax(-1).nan_to_num()[..., : k.shape[1]].masked_fill(~seen, math.nan)  # [Hq, W, T]
-    total, spread = weight.nansum(1), (weight - weight.nanmean(1, keepdim=True)).square().nansum(1)
-    total, most, spread = (part.unflatten(0, (len(k), -1)) for part in (total, weight.nan_to_num().amax(1), spread))
-    return torch.stack([total.mean(1), most.amax(1), spread.mean(1)]) if moments else total.mean(1)
+    received = softmax(logit, torch.eye(logit.shape[2]).double())[0][..., : k.shape[1]]  # [Hq, W, T]
+    total = received.sum(1).unflatten(0, (len(k), -1)).mean(1)
+    if not moments:
+        return total
+    spread = torch.zeros_like(received[:, 0])
+    for j, t in seen.any(1).nonzero().tolist():
+        weight = received[j, seen[j, :, t], t]
+        spread[j, t] = weight.var(correction=0) * len(weight)
+    groups = (part.unflatten(0, (len(k), -1)) for part in (received.amax(1), spread))
+    return torch.stack([total, next(groups).amax(1), next(groups).mean(1)])
 
 
 def naive_take_rows(k: Tensor, v: Tensor, index: Tensor) -> Results:
@@ -169,6 +192,18 @@ def test_the_twin_is_the_reference(op: Op, case: Mapping[str, Any], dtype: torch
     assert all(map(torch.equal, once, results(op, args)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("op", "case"), CASES)
+def test_the_cost_is_every_byte_once(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
+    args = op.inputs(case, dtype, seed=7)
+    parts = [*tree_leaves(args), *results(op.ref, args)]
+    if op is take_rows:  # it reads the rows that are named, some of them twice
+        k, v, index = args
+        parts[:2] = (part.flatten(0, -2)[index[index >= 0]] for part in (k, v))
+    whole = sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
+    assert op.cost(case, dtype.itemsize)[0] == whole
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_strides_do_not_matter(op: Op) -> None:
     args = op.inputs(op.cases[2], torch.float32, seed=3)
@@ -180,7 +215,7 @@ def test_strides_do_not_matter(op: Op) -> None:
 def test_permuting_kv_heads_permutes_the_results(op: Op) -> None:
     case = next(case for case in reversed(op.cases) if case.get("H", len(case.get("lens", ""))) > 1)
     args = dict(zip(inspect.signature(op.ref).parameters, op.inputs(case, torch.float32, seed=4), strict=False))
-    H = len(args["lens"]) if "lens" in args else len(args["k"])
+    H = len(args["lens"]) if "lens" in args else case["H"]
     order, lens = torch.arange(H).roll(1), args.get("lens")
 
     def permute(part: Tensor, flat: list[int] | None) -> Tensor:
@@ -200,7 +235,7 @@ def test_permuting_kv_heads_permutes_the_results(op: Op) -> None:
     check(got, [permute(part, None if len(part) in (H, len(args.get("q", ""))) else flat) for part in want], EXACT)
 
 
-def test_mass_of_two_chunks_is_the_mass_of_the_whole(twin: None) -> None:
+def test_mass_of_two_chunks_is_the_mass_of_the_whole() -> None:
     q, k, _, scale, *_ = attention_mass.inputs({"H": 2, "G": 3, "T": 129, "D": 64}, torch.bfloat16, seed=0)
     _, lse = causal_attention(q, k, k, scale)
     whole = attention_mass(q, k, lse, scale, True)
@@ -223,8 +258,8 @@ def test_mass_survives_large_logits(dtype: torch.dtype, tolerance: float) -> Non
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_mass_ignores_queries_that_see_nothing(causal: bool, twin: None) -> None:
-    run = attention_mass
+def test_mass_ignores_queries_that_see_nothing(twin: Callable[[Op], Fn], causal: bool) -> None:
+    run = twin(attention_mass)
     q, k, lse, scale, *_ = attention_mass.inputs({"H": 2, "G": 2, "T": 9, "D": 16}, torch.float32, seed=0)
     lse[:, [1, 5]] = -math.inf
     blind = lse.clone()
@@ -235,49 +270,22 @@ def test_mass_ignores_queries_that_see_nothing(causal: bool, twin: None) -> None
     assert run(q, k[:, :0], lse, scale, False).shape == (2, 0)
 
 
-def test_cosine_of_equal_opposite_and_zero_keys(twin: None) -> None:
+def test_cosine_of_equal_opposite_and_zero_keys(twin: Callable[[Op], Fn]) -> None:
     key = torch.randn(1, 1, 77, generator=torch.Generator().manual_seed(0)).bfloat16()
-    cosine = adjacent_cosine(torch.cat([key, key, 4 * key, -key, 0 * key, 0 * key, key], 1))
+    cosine = twin(adjacent_cosine)(torch.cat([key, key, 4 * key, -key, 0 * key, 0 * key, key], 1))
     assert cosine.tolist() == [[1, 1, -1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("moments", [False, True])
-def test_window_scores_count_the_queries_that_see(moments: bool, twin: None) -> None:
+def test_window_scores_count_the_queries_that_see(twin: Callable[[Op], Fn]) -> None:
+    run = twin(window_scores)
     q, _, k, pos, bias, scale, *_ = window_scores.inputs(
         {"H": 2, "G": 3, "W": 4, "T": 9, "D": 16, "bias": True}, torch.float32, seed=0
     )
     pos[0, 2:], k[0, 2:] = -1, math.nan  # padding is not read
-    rest = (k, pos, bias, scale, None, None, moments)
-    scores = results(window_scores, (q, torch.tensor([0, 1, 2, 17]), *rest))  # the first query sees nothing
-    assert error(scores[0].sum(1), torch.tensor([3.0, 3.0])) < 1e-6
-    assert not any(score[pos < 0].any() for score in scores)
-    assert not window_scores(q[:, :0], torch.tensor([]), *rest).any()
-    assert window_scores(q, torch.arange(4), k[:, :0], pos[:, :0], None, *rest[3:]).shape[-1] == 0
-
-
-def test_moments_of_weights_that_hardly_differ(twin: None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(4, 1, 16, generator=generator) + 1e-4 * torch.randn(4, 130, 16, generator=generator)
-    k, pos = torch.randn(2, 3, 16, generator=generator), torch.arange(3).expand(2, 3)
-    args = (q, torch.arange(3, 133), k, pos, None, 0.25, None, None, True)
-    wide = each(lambda arg: arg.double() if arg.is_floating_point() else arg, args)
-    got, want = window_scores(*args)[2], naive_window_scores(*wide)[2]
-    assert 1e-12 < want[0, 0] / 130 < 1e-7  # float32 knows squares of these weights to 1e-8
-    assert error(got, want) < 1e-3  # of deviations of 1e-5
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(W=st.integers(1, 70), T=st.integers(1, 40), G=st.integers(1, 3), seed=st.integers(0, 99))
-def test_window_scores_of_any_window(
-    twin: None, W: int, T: int, G: int, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kvcli.kernels.window.LOGITS", 600)  # the CPU takes the window in parts
-    monkeypatch.setattr("kvcli.kernels.window.BLOCK", 16)
-    args = window_scores.inputs(
-        {"H": 2, "G": G, "W": W, "T": T, "D": 16, "bias": True, "sink": True, "moments": True}, torch.float32, seed
-    )
-    wide = each(lambda arg: arg.double() if arg.is_floating_point() else arg, args)
-    torch.testing.assert_close(window_scores(*args).double(), naive_window_scores(*wide), atol=1e-6, rtol=1e-5)
+    score = run(q, torch.tensor([0, 1, 2, 17]), k, pos, bias, scale)  # the first query sees nothing
+    assert error(score.sum(1), torch.tensor([3.0, 3.0])) < 1e-6
+    assert not score[pos < 0].any()
+    assert not run(q[:, :0], torch.tensor([]), k, pos, bias, scale).any()
 
 
 @pytest.mark.parametrize("lens", [[5, 5], [7, 3], torch.tensor([7, 3])], ids=["uniform", "ragged", "tensor"])

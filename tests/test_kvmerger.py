@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcli.kernels.error import attend
 from kvcli.kernels.limit import must_start
 from kvcli.methods.kvmerger import kvmerger, kvmerger_score, protected
-from kvcli.metrics import attend
 from kvcli.registry import Ask, Scored
 from kvcli.snapshot import LayerKV, Stats
 
@@ -66,7 +66,7 @@ def test_what_is_exact_for_duplicates(values: str, expected: float) -> None:
     cut = torch.tensor([[math.inf, math.inf, -1.0, -1.0]])
     stats = Stats(attn_mass=torch.ones(1, 4))
     small, _ = kvmerger(kv, stats, Scored(cut), torch.tensor([2]), ask(2, 4), values=values)
-    out = attend(torch.ones(1, 1, 2), torch.tensor([4]), small, 1.0)
+    out = attend(torch.ones(1, 1, 2), torch.tensor([4]), small.entries, 1.0)
     assert out[0, 0, 0].item() == pytest.approx(expected)
 
 
@@ -154,4 +154,6 @@ def test_attention_over_exact_duplicates_is_exact() -> None:
     stats = Stats(attn_mass=torch.rand(1, N, generator=generator))
     small, _ = kvmerger(kv, stats, Scored(cut), torch.tensor([25]), ask(25, N), values="logcount")
     q, later = torch.randn(2, 9, 8, generator=generator), torch.full((9,), N)
-    torch.testing.assert_close(attend(q, later, small, 0.35), attend(q, later, kv, 0.35), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        attend(q, later, small.entries, 0.35), attend(q, later, kv.entries, 0.35), atol=1e-6, rtol=1e-5
+    )

@@ -12,7 +12,7 @@ LEVELS = [
     {"errors", "kernels", "stamp"},
     {"meta"},
     {"header", "snapshot", "options"},
-    {"budget", "registry", "spool"},
+    {"budget", "device", "registry", "spool"},
     {"ledger"},
     {"methods", "recipe"},
     {"layers"},

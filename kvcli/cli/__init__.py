@@ -27,6 +27,7 @@ COMMANDS = (
     "verify",
     "diff",
     "methods",
+    "kernels",
     "doctor",
     "completion",
 )

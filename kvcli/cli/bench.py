@@ -12,7 +12,7 @@ from ..errors import UsageError
 from . import streams
 from .documents import documents
 from .inputs import of_texts, on_texts, tasks_of
-from .ui import Ui, complain, current, grid_options, model_options, output_options, size
+from .ui import Ui, complain, current, grid_options, model_options, output_options, size, uses_kernels
 
 if TYPE_CHECKING:
     from ..bench import Bench
@@ -36,6 +36,7 @@ METHODS, BUDGETS = "snapkv+adakv,keydiff,kvmerger", "50%,20%"
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Times are medians of so many.")
 @model_options
 @output_options
+@uses_kernels
 def command(docs: tuple[str, ...], method: tuple[str, ...], budget: tuple[str, ...], **options: Any) -> None:
     """Compress documents by every recipe to every budget, and say what each takes and what it costs.
 

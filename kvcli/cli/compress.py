@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,11 @@ import click
 from ..errors import UsageError
 from . import streams
 from .names import METHODS
-from .ui import Ui, complete_after, current, output_options, peak_memory, size
+from .ui import Ui, complete_after, current, device_option, output_options, peak_memory, size, uses_kernels
 
 if TYPE_CHECKING:
+    import torch
+
     from ..budget import Budget
     from ..pipeline import Plan
     from ..recipe import Recipe
@@ -53,7 +54,9 @@ if TYPE_CHECKING:
 )
 @click.option("--keep-stats", is_flag=True, help="Keep the statistics, so that the result can be compressed further.")
 @click.option("--dry-run", is_flag=True, help="Say what would be kept and its size; write nothing.")
+@device_option
 @output_options
+@uses_kernels
 def command(file: str | None, method: str, budget: tuple[str, ...], **options: Any) -> None:
     """Keep the entries that matter, merge or drop the rest, and say what it cost.
 
@@ -61,17 +64,20 @@ def command(file: str | None, method: str, budget: tuple[str, ...], **options: A
     Examples:
       kvcli compress --method kvmerger --budget 0.35
       kvcli compress report.kv.safetensors -m snapkv+adakv -b 50% -b 35% -b 20%
+      kvcli compress report.kv.safetensors -m keydiff -b 35% --device cpu -o small.kv.safetensors
     """
     ui = current()
     with ui.phases() as phase:
         phase("loading torch")
+        from ..device import find_device
         from ..recipe import Recipe
 
     recipe = Recipe.parse(method)
     budgets = recipe.budgets(budget)
+    device = find_device(options.pop("device"))
     origin = streams.source(file, ui, full=True)
     targets = [] if options["dry_run"] else _targets(origin, recipe, budgets, options)
-    rows = _compress(ui, origin, recipe, budgets, targets, **options)
+    rows = _compress(ui, origin, recipe, budgets, targets, device=device, **options)
     for row in rows:
         _show(ui, row)
     ui.result("kvcli.compress/1", {"rows": rows}, to_stderr=any(not isinstance(target, Path) for target in targets))
@@ -103,6 +109,7 @@ def _compress(
     budgets: "list[Budget | None]",
     targets: list[streams.Source],
     *,
+    device: "torch.device",
     seed: int,
     keep_stats: bool,
     dry_run: bool,
@@ -117,9 +124,10 @@ def _compress(
     with streams.waiting(origin, ui):
         reader = Reader(origin)
     with reader:
-        snapshot, plan = reader.snapshot(), partial(make_plans, seed=seed, parent=reader.digest, keep_stats=keep_stats)
+        snapshot = reader.snapshot()
+        how: dict[str, Any] = {"seed": seed, "parent": reader.digest, "keep_stats": keep_stats, "device": device}
         with ui.progress("scoring") as tick:
-            plans = plan(snapshot, recipe, budgets, tick=tick)
+            plans = make_plans(snapshot, recipe, budgets, **how, tick=tick)
         rows = [_row(plan, budget) for plan, budget in zip(plans, budgets, strict=True)]
         if not dry_run:
             with ui.progress("writing") as tick:

@@ -7,7 +7,7 @@ import click
 
 from ..errors import UsageError
 from . import streams
-from .ui import Ui, clean, current, output_options, size
+from .ui import Ui, clean, current, output_options, size, uses_kernels
 
 if TYPE_CHECKING:
     from ..diff import Overlap
@@ -22,6 +22,7 @@ COUNTS = ("both", "changed", "only_a", "only_b")
 @click.argument("b", metavar="B|-", type=click.Path())
 @click.option("--heads", is_flag=True, help="A line for every head instead of every layer.")
 @output_options
+@uses_kernels
 def command(a: str, b: str, heads: bool) -> None:
     """Say which entries A and B keep, how many they share, and the attention output error of B against A.
 

@@ -9,15 +9,12 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .. import __version__
 from .ui import clean, current, output_options, size
-
-if TYPE_CHECKING:
-    from ..kernels.op import Op
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton", "click", "rich", "xxhash", "gguf", "accelerate")
 ROOM = 300_000_000  # bytes that the converted default model takes
@@ -115,19 +112,17 @@ def _kernels() -> tuple[dict[str, str], list[Problem]]:
     try:
         import torch
 
+        from ..kernels.op import check_forced
         from ..kernels.table import OPS
 
+        check_forced()
         here = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
-        twins = {op.name: _twin(op, op.path([here])) for op in OPS}
+        twins = {op.name: op.twin([here]) for op in OPS}
     except ValueError as cause:
-        return {}, [Problem(str(cause), "unset KVCLI_KERNELS, or give it one of these")]
+        return {}, [Problem(str(cause), "unset KVCLI_KERNELS, or do as it says")]
     except Exception:  # told already
         return {}, []
     return twins, []
-
-
-def _twin(op: "Op", chosen: Any) -> str:
-    return "ref" if chosen is op.ref else "cpu" if chosen is op.cpu else "triton"
 
 
 def _models() -> tuple[Facts, list[Problem]]:

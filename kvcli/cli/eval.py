@@ -13,7 +13,7 @@ from ..errors import GateError, UsageError
 from . import streams
 from .inputs import Options, gather, given
 from .tables import print_tables
-from .ui import Ui, complain, current, grid_options, model_options, output_options
+from .ui import Ui, complain, current, grid_options, model_options, output_options, uses_kernels
 
 if TYPE_CHECKING:
     from ..evaluate import Grid, Key, Unit, Work
@@ -42,6 +42,7 @@ METHODS, BUDGETS = "random,streamingllm,keydiff,snapkv,snapkv+adakv,h2o,kvmerger
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
 @model_options
 @output_options
+@uses_kernels
 def command(docs: tuple[str, ...], **options: Any) -> None:
     """Measure what compression loses, before the questions are known: facts found, perplexity, divergence.
 

@@ -12,7 +12,7 @@ import click
 
 from ..errors import KvError, UsageError
 from . import streams
-from .ui import Ui, complain, current, model_options, output_options, peak_memory, size
+from .ui import Ui, complain, current, model_options, output_options, peak_memory, size, uses_kernels
 
 if TYPE_CHECKING:
     from ..model.load import Model
@@ -58,6 +58,7 @@ class Base:
 @click.option("--chunk", type=click.IntRange(1), default=1024, show_default=True, help="Tokens read at a time.")
 @model_options
 @output_options
+@uses_kernels
 def command(docs: tuple[str, ...], output: str | None, force: bool, **options: Any) -> None:
     """Read documents once and keep the model's memory of each as one file.
 

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from . import streams
 from .answers import Facts, Talk, ask, judge, save, total
 from .questions import check_options, continuation, questions
-from .ui import Ui, current, model_options, output_options, peak_memory, size
+from .ui import Ui, current, model_options, output_options, peak_memory, size, uses_kernels
 
 if TYPE_CHECKING:
     from ..model.load import Model
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--trust-model", is_flag=True, help="Use a model with other weights; warn instead of refusing.")
 @model_options
 @output_options
+@uses_kernels
 def command(file: str | None, **options: Any) -> None:
     """Ask a snapshot: the answer streams to stdout, what it took is told on stderr. An empty prompt lets it go on.
 

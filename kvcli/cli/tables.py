@@ -19,7 +19,7 @@ def print_tables(rows: Sequence[Row], markdown: bool) -> None:
         if markdown:
             _markdown(title, cells)
         else:
-            _plain(title, cells)
+            plain(title, cells)
 
 
 def _cells(rows: Sequence[Row]) -> Iterator[list[str]]:
@@ -46,14 +46,15 @@ def _markdown(title: str, cells: Sequence[Sequence[str]]) -> None:
     print(f"**{title}**", "", head, "| --- | --- |" + " ---: |" * (len(cells[0]) - 2), *lines, "", sep="\n")
 
 
-def _plain(title: str, cells: Sequence[Sequence[str]]) -> None:
+def plain(title: str, cells: Sequence[Sequence[str]], left: int = 2) -> None:
+    """One table to stdout, its first line the head, all columns but the first `left` of numbers."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(cells[0]):
-        table.add_column(Text(name), justify="right" if i > 1 else "left", no_wrap=True)
+        table.add_column(Text(name), justify="right" if i >= left else "left", no_wrap=True)
     for line in cells[1:]:
         table.add_row(*(Text(cell, "dim" if line[0] in ("full", "none") else "") for cell in line))
     # A number that is cut off is none: a narrow terminal wraps lines by itself.

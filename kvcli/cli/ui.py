@@ -1,15 +1,18 @@
 """What commands share: options, messages, progress, sizes. stdout is the product, everything else goes to stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
+from ..errors import UsageError
 from .names import METHODS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,30 +86,52 @@ def output_options(command: F) -> F:
     return command
 
 
+def uses_kernels(command: F) -> F:
+    """Refuses a KVCLI_KERNELS that this machine cannot obey, before any work; goes below all options."""
+
+    @wraps(command)
+    def checked(*args: Any, **options: Any) -> Any:
+        if os.environ.get("KVCLI_KERNELS"):
+            from ..kernels.op import check_forced
+
+            try:
+                check_forced()
+            except ValueError as cause:
+                raise UsageError(str(cause)) from cause
+        return command(*args, **options)
+
+    return cast(F, checked)
+
+
 def current() -> Ui:
     """The options of `output_options` as given to the running command."""
     return Ui(**click.get_current_context().meta.get("kvcli.ui", {}))
 
 
+def device_option(command: F) -> F:
+    """--device."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        envvar="KVCLI_DEVICE",
+        help="auto is cuda if there is one.",
+    )(command)
+
+
 def model_options(command: F) -> F:
     """--model, --device and --dtype."""
-    for option in (
+    for add in (
         click.option(
             "--dtype",
             type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
             envvar="KVCLI_DTYPE",
             help="Precision to compute in.",
         ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            envvar="KVCLI_DEVICE",
-            help="auto is cuda if there is one.",
-        ),
+        device_option,
         click.option("--model", envvar="KVCLI_MODEL", metavar="FOLDER|ID", help="A model folder or hub id."),
     ):
-        command = option(command)
+        command = add(command)
     return command
 
 

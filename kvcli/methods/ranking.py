@@ -19,7 +19,7 @@ def ranking(scored: Sequence[Scored], n: int, ask: Ask, *, floor: Share = 0.2) -
     least = share_out(least, min(n, int(least.sum())), low, high)
     rest = n - int(least.sum())
     if rest > 0:
-        least = least + _best(scored, least.view(len(scored), -1), rest).flatten()
+        least = least + _best(scored, least.view(len(scored), -1), rest).flatten().cpu()
     return list(least.view(len(scored), -1))
 
 
@@ -32,7 +32,7 @@ def _best(scored: Sequence[Scored], least: Tensor, rest: int) -> Tensor:  # [L, 
     for part, given in zip(scored, least, strict=True):
         rank = torch.arange(part.score.shape[1], device=part.score.device)
         best = part.score.sort(descending=True).values
-        beyond.append(best.masked_fill(rank < given[:, None], -torch.inf))
+        beyond.append(best.masked_fill(rank < given[:, None].to(rank.device), -torch.inf))
     flat = torch.cat([best.flatten() for best in beyond])
     edge = flat.kthvalue(len(flat) - rest + 1).values
     above = torch.stack([(best > edge).sum(1) for best in beyond])

@@ -10,7 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InfeasibleError, MismatchError, UsageError
-from ..metrics import relative_error
+from ..kernels.error import relative_error
 from ..snapshot import LayerKV, Rows, Snapshot, Stats, check_finite
 from .extend import extend
 from .identity import NEAR, NEAR_16_BIT
@@ -60,11 +60,11 @@ def _pair(i: int, layer: Any, tokens: int, model: Model) -> Pair:
     if k.dtype != model.net.dtype:
         raise InfeasibleError(f"the cache is {k.dtype}, the model computes in {model.net.dtype}")
     check_finite(i, k=k, v=v)
-    return k[0].detach().cpu(), v[0].detach().cpu()
+    return k[0].detach().to(model.device), v[0].detach().to(model.device)
 
 
 def _rows(k: Tensor, v: Tensor) -> Rows:  # [H, N, D], [H, N, Dv]
-    pos = torch.arange(k.shape[1], dtype=torch.int32).expand(k.shape[:2])
+    pos = torch.arange(k.shape[1], dtype=torch.int32, device=k.device).expand(k.shape[:2])
     return LayerKV(k, v, pos).rows()
 
 

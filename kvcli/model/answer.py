@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ..device import blaming_card
 from .load import Model
 from .prefix import Prefix, check_room, opening, run
 from .text import question_ids, stop_ids
@@ -114,6 +115,7 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
 
 
 @torch.inference_mode()
+@blaming_card()
 def answer(
     model: Model,
     prefix: Prefix,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ..device import blaming_card
 from .attend import NAME, Law
 from .cache import Layer, Part, PrefixCache, named
 from .load import Model
@@ -64,6 +65,7 @@ class Batch(CacheLayerMixin):  # type: ignore[misc]
 
 
 @torch.inference_mode()
+@blaming_card()
 def answers(model: Model, prefix: Prefix, asked: Sequence[Sequence[int]], n: Sequence[int]) -> list[list[int]]:
     """The ids of the greedy answer to each question, at most `n` of each, with the token that ended the turn.
 

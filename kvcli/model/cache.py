@@ -11,9 +11,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InfeasibleError
-from ..kernels.attention import causal_attention, join, ragged_attention
+from ..kernels.attention import causal_attention, ragged_attention
 from ..kernels.banded import banded_attention
-from ..kernels.dense import dense_attention
+from ..kernels.dense import dense_attention, join
 from ..snapshot import Rows
 from .attend import NAME, Law
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..device import on_device
 from ..errors import InfeasibleError, UsageError
 from ..layers import ids_hash
 from ..snapshot import Rows, Snapshot, append
@@ -37,13 +38,13 @@ def extend(
         raise UsageError("there is nothing to append")
     start, end = meta.seq.next_pos, meta.seq.next_pos + len(tokens)
     need_room(model.config, end, f"no room for {len(tokens):,} tokens behind {start:,}", CUT)
-    old = list(snapshot.rows)
+    there = on_device(snapshot, model.device)
     layers = [
         ObservedLayer(len(tokens), window, _placed(model, rows), start, stats)
-        for rows, window, stats in zip(old, windows(model.config), snapshot.stats, strict=True)
+        for rows, window, stats in zip(there.rows, windows(model.config), there.stats, strict=True)
     ]
     hidden = read(model, layers, tokens, chunk, tick)
-    rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(old, layers, strict=True)]
+    rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(there.rows, layers, strict=True)]
     every = torch.cat([snapshot.ids, tokens])
     seq = replace(meta.seq, tokens=len(every), next_pos=end, ids_hash=ids_hash(every))
     kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
@@ -77,15 +78,15 @@ def aim(model: Model, snapshot: Snapshot, ids: Sequence[int], *, chunk: int = 10
         raise InfeasibleError("the model's tokenizer has no token for anything in the probe")
     end, what = start + len(ids), f"no room for a probe of {len(ids):,} tokens behind {start:,}"
     need_room(model.config, end, what, "shorten the probe, or the document")
-    rows, stats = list(snapshot.rows), list(snapshot.stats)
-    spans = windows(model.config)
-    layers = [_Asking(_placed(model, part), start, window) for part, window in zip(rows, spans, strict=True)]
+    there, spans = on_device(snapshot, model.device), windows(model.config)
+    stats = list(there.stats)
+    layers = [_Asking(_placed(model, part), start, window) for part, window in zip(there.rows, spans, strict=True)]
     read(model, layers, torch.tensor(ids, dtype=torch.int32), chunk)
-    pos = torch.arange(start, end, dtype=torch.int32)[-WINDOW:]
+    pos = torch.arange(start, end, dtype=torch.int32, device=model.device)[-WINDOW:]
     for i in held:
-        q = torch.cat(layers[i].asked, 1)[:, -WINDOW:].to("cpu", rows[i].k.dtype)
+        q = torch.cat(layers[i].asked, 1)[:, -WINDOW:].to(there.rows[i].k.dtype)
         stats[i] = replace(stats[i], q_last=q, q_last_pos=pos)
-    return Snapshot(snapshot.meta, snapshot.ids, rows, stats, snapshot.extra)
+    return replace(there, stats=stats)
 
 
 def _placed(model: Model, rows: Rows) -> Rows:

@@ -10,9 +10,9 @@ import xxhash
 from torch import Tensor
 
 from ..errors import MismatchError
+from ..kernels.error import relative_error
 from ..layers import NAMES
 from ..meta import Json, Layout, Meta
-from ..metrics import relative_error
 from .convert import weight_files
 from .weights import weights_dtype, weights_hash
 

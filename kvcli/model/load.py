@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from ..device import blaming_card, find_device
 from ..errors import InfeasibleError, KvError, MismatchError, StorageError, UsageError
 from . import attend
 from .convert import DEFAULT, Tick, default_folder, find_by_weights, home, quiet, weight_files
@@ -65,6 +66,7 @@ class Model:
         return tokenizer_hash(self.tokenizer)
 
 
+@blaming_card()
 def load(
     name: str | None,
     *,
@@ -80,7 +82,7 @@ def load(
     """
     if dtype not in PRECISIONS:
         raise UsageError(f"--dtype {dtype}: write {', '.join(PRECISIONS)}")
-    target = _device(device)
+    target = find_device(device)
     source, name = _find(name, tick)
     tick(f"loading {name}")
     with quiet():
@@ -113,18 +115,6 @@ def wrap(net: Any, tokenizer: Any = None) -> Model:
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     revision = "" if folder is source else folder.name
     return Model(net, tokenizer, folder, name, revision, net.device)
-
-
-def _device(text: str) -> torch.device:
-    cuda = torch.cuda.is_available()
-    if text == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    if text.startswith("cuda") and not cuda:
-        raise InfeasibleError(f"--device {text}: torch sees no GPU here", fix="use --device cpu")
-    try:
-        return torch.device(text)
-    except RuntimeError as cause:
-        raise UsageError(f"--device {text}: write auto, cpu or cuda") from cause
 
 
 def _find(name: str | None, tick: Tick) -> tuple[Path | str, str]:

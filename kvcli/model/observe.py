@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from ..device import blaming_card
 from ..errors import InfeasibleError, KvError
 from ..layers import NAMES, ids_hash
 from ..meta import Json, Layout, Meta, Seq
@@ -52,6 +53,7 @@ def probe(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:  # [P] -> [L, H, 
     return torch.stack([layer.keys for layer in layers]).cpu(), torch.stack([layer.values for layer in layers]).cpu()
 
 
+@blaming_card()
 def read(
     model: Model,
     layers: Sequence[Layer],

@@ -87,7 +87,7 @@ class ObservedLayer(Layer):
                 mass[:, at : at + k.shape[1]] += here
 
     def stats(self) -> Stats:
-        """What was observed; complete when all tokens have been read."""
+        """What was observed, where the model is; complete when all tokens have been read."""
         if self.slides:
             return Stats()
         (q_last, q_last_pos), (q_probe, q_probe_pos) = self._saved("last"), self._saved("probe")
@@ -97,14 +97,15 @@ class ObservedLayer(Layer):
             q_last_pos=q_last_pos,
             q_probe=q_probe,
             q_probe_pos=q_probe_pos,
-            attn_mass=None if self.mass is None else self.mass.cpu(),
-            value_norm=None if self.norm is None else self.norm.cpu(),
-            sink_logit=None if sinks is None else sinks.float().cpu(),
+            attn_mass=self.mass,
+            value_norm=self.norm,
+            sink_logit=None if sinks is None else sinks.float(),
         )
 
     def _saved(self, name: str) -> tuple[Tensor | None, Tensor | None]:  # [Hq, W, D], [W] int32
         """The wanted queries; of those before the prefix ends, the nearest that were saved then."""
-        wanted, q = self.wanted[name], torch.cat(self.queries[name], 1).cpu()
+        q = torch.cat(self.queries[name], 1)
+        wanted = self.wanted[name].to(q.device)
         pos = wanted[wanted >= self.start].int()
         old, old_pos = getattr(self.before, f"q_{name}"), getattr(self.before, f"q_{name}_pos")
         if old is None or old_pos is None:
@@ -118,12 +119,12 @@ class ObservedLayer(Layer):
         return q, pos
 
     def rows(self) -> Rows:
-        """What later tokens will see of the new ones as flat rows; a whole document is not copied on the CPU."""
+        """What later tokens will see of the new ones, where the model is; a whole document is not copied."""
         heads, count = self.keys.shape[0], self.held
         if self.slides and self.window:
             count = max(1, min(self.held, self.window - 1))
-        pos = torch.arange(self.end - count, self.end, dtype=torch.int32).repeat(heads)
-        k, v = (part[:, self.held - count : self.held].flatten(0, 1).cpu() for part in (self.keys, self.values))
+        pos = torch.arange(self.end - count, self.end, dtype=torch.int32, device=self.keys.device).repeat(heads)
+        k, v = (part[:, self.held - count : self.held].flatten(0, 1) for part in (self.keys, self.values))
         return Rows(k, v, pos, torch.full((heads,), count))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from ..device import ahead, blaming_card
 from ..errors import FormatError, InfeasibleError, KvError
 from ..snapshot import Rows, Snapshot
 from .cache import make_cache, named, place
@@ -28,9 +29,11 @@ class Prefix:
     hidden: Tensor | None = None  # [d_model] final hidden state of the last token
 
     @classmethod
+    @blaming_card()
     def read(cls, snapshot: Snapshot, model: Model) -> "Prefix":
         """Read every layer once, straight into the memory it is used from."""
-        rows = [place(part, model.device, model.net.dtype) for part in snapshot.rows]
+        with ahead(snapshot, model.device, stats=False) as layers:
+            rows = [place(part, model.device, model.net.dtype) for _, part, _ in layers]
         seq = snapshot.meta.seq
         return cls(rows, seq.next_pos, seq.tail, seq.chat, snapshot.extra.get("stat.final_hidden"))
 

@@ -7,6 +7,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from ..device import blaming_card
 from ..errors import MismatchError
 from ..layers import DTYPES
 from ..meta import Meta
@@ -74,6 +75,7 @@ def compare(
     return found["kl"], found["top1"]
 
 
+@blaming_card()
 def expected(model: Model, prefix: Prefix, full: Prefix | None, ids: Sequence[int], n: int) -> dict[str, Tensor]:
     """How well the last `n` of these ids were expected, token by token, [n] each, with a chunk of logits in memory.
 
