@@ -104,7 +104,7 @@ def _columns(  # type: ignore[no-untyped-def]
         if MOMENTS:
             b_max = tl.maximum(b_max, tl.max(b_weight, 1))
             # deviations from the mean of the block, joined with its head's blocks before by Chan's formula
-            b_count = tl.where(i % n_w == 0, 0.0, b_count)
+            b_count, b_mean = tl.where(i % n_w == 0, 0.0, b_count), tl.where(i % n_w == 0, 0.0, b_mean)
             b_n = tl.sum(b_seen, 1)
             b_part /= tl.maximum(b_n, 1.0)
             b_off = (b_weight - b_part[:, None]) * b_seen

@@ -54,3 +54,13 @@ def test_small_deviations_are_not_lost(run: Callable[..., Tensor]) -> None:
     want = weight.var(1, correction=0).mul(40).mean(0, keepdim=True)
     assert float((want / weight.mean((0, 1)) ** 2).max()) < 1e-4  # squares that differ would cancel
     assert error(spread, want) < 1e-3
+
+
+@pytest.mark.parametrize("run", TWINS, ids=["ref", "cpu", "fused"])
+def test_a_loud_head_leaves_the_next_its_own_mean(run: Callable[..., Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = 0.1 * torch.randn(2, 40, 16, generator=generator), torch.randn(1, 1, 16, generator=generator)
+    q[0], sink = 0.0, torch.tensor([-30.0, 20.0])  # weights of exactly 1, and about 1e-9
+    args = (q, torch.full((40,), 9), k, torch.zeros(1, 1, dtype=torch.int32), None, 0.25, None, sink, True)
+    weight = (q[1].double() @ k[0, 0].double() / 4 - 20).sigmoid()
+    assert error(run(*args)[2], weight.var(correction=0).mul(20).view(1, 1)) < 1e-5
