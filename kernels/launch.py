@@ -54,11 +54,6 @@ class Kernel:
         elif all(launch.grid):
             run(launch)
 
-    @property
-    def interpreted(self) -> bool:
-        """Whether this process was started with TRITON_INTERPRET=1."""
-        return not isinstance(self.jit, triton.JITFunction)
-
     def blocks(self, given: dict[str, Any], upcast: bool) -> dict[str, Any]:
         """Compile-time arguments and options, with UPCAST where the kernel takes it."""
         return {**given, "UPCAST": upcast} if "UPCAST" in self.jit.arg_names else given
@@ -77,10 +72,10 @@ def interpreted() -> bool:
 def run(launch: Launch) -> None:
     """Run a launch on the device of its first tensor."""
     kernel, first = launch.kernel, next(arg for arg in launch.args if isinstance(arg, Tensor))
-    if not (first.is_cuda or kernel.interpreted):
+    if not (first.is_cuda or interpreted()):
         raise RuntimeError("Triton kernels run on CUDA tensors; on the CPU only with TRITON_INTERPRET=1")
     with torch.cuda.device(first.device if first.is_cuda else -1):
-        kernel.jit[launch.grid](*launch.args, **kernel.blocks(launch.blocks, kernel.interpreted))
+        kernel.jit[launch.grid](*launch.args, **kernel.blocks(launch.blocks, interpreted()))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from .banded import capped
 from .dense import flash
 from .launch import Kernel, tl, triton
-from .op import Op, random
+from .op import Op, random, strained
 
 BLOCK = 64  # queries at once in the reference
 PARTS = 3  # 16-bit numbers that together carry one lse
@@ -142,9 +142,8 @@ def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any
     H, G, T, D = case["H"], case["G"], case["T"], case["D"]
     M, causal = case.get("M") or T, case.get("M") is None
     generator = torch.Generator().manual_seed(seed)
-    loud = 50 if case.get("loud") else 1  # logits of 1e4
-    q = random((M, H * G, D), dtype, generator).transpose(0, 1) * loud  # strides as the model gives them
-    k = random((H, T, D), dtype, generator) * loud
+    q = random((M, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
+    q, k = strained(case, q, None)[0], random((H, T, D), dtype, generator)
     more = torch.ones(M, 1)  # one more logit, so that a query's masses do not add up to 1
     rows = zip(q.float(), k.float().mT.repeat_interleave(G, 0), strict=True)
     lse = torch.stack([torch.cat([one @ keys * D**-0.5, more], -1).logsumexp(-1) for one, keys in rows])

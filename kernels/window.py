@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .banded import capped
 from .launch import triton
-from .op import Op, random
+from .op import Op, random, strained
 from .window_card import window_scores_fused
 
 BLOCK = 1024  # entries at once in the CPU twin: their float32 copy stays in the cache
@@ -131,17 +131,15 @@ def _add_moments(
 def _inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     H, G, W, T, D = (case[name] for name in "HGWTD")
     generator = torch.Generator().manual_seed(seed)
-    loud = 50 if case.get("loud") else 1  # logits of 1e4
-    q = random((W, H * G, D), dtype, generator).transpose(0, 1) * loud  # strides as the model gives them
-    k = random((H, T, D), dtype, generator) * loud
+    q = random((W, H * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
+    k = random((H, T, D), dtype, generator)
     order = torch.arange(T, dtype=torch.int32)
     lens = torch.randint(max(T // 2, 1), T + 1, (H, 1), generator=generator)
     lens[0] = T
     pos = torch.where(order < lens, order * 2 + 1, -1)
     q_pos = torch.arange(2 * T - W, 2 * T)
     bias = random((H, T), torch.float32, generator) if case["bias"] else None
-    if bias is not None and case.get("far"):
-        bias[:, ::3] = -1e9
+    q, bias = strained(case, q, bias)
     sink_logit = random((H * G,), torch.float32, generator) if case.get("sink") else None
     return q, q_pos, k, pos, bias, D**-0.5, case.get("softcap"), sink_logit, case.get("moments", False)
 
