@@ -83,10 +83,21 @@ def check_globals(ids: Tensor, extra: Mapping[str, Tensor], meta: Meta) -> Tenso
         shape = tuple(extra[name].shape) if name in extra else (layers, heads, 1, width)
         if len(shape) != 4 or shape != (layers, heads, min(shape[2], len(ids)), width):
             raise FormatError(f"the snapshot's tensor {name} is {shape}", "it does not fit the cache")
+    check_segments(extra.get("stat.segments"), len(ids))
     for name, part in extra.items():
         if name.startswith("stat.") and part.dtype in FLOATS and not bool(part.isfinite().all()):
             raise FormatError(f"the snapshot's tensor {name} holds NaN or infinity", fix="prefill the document again")
     return ids
+
+
+def check_segments(segments: Tensor | None, N: int) -> None:  # [S, 4]
+    """FormatError where stretches of the text are not in order, overlap, or lie outside its N tokens."""
+    if segments is None:
+        return
+    fits = segments.dtype == torch.int32 and segments.dim() == 2 and segments.shape[1] == 4
+    edges = segments[:, :2].flatten() if fits else segments.new_ones(1)
+    if not fits or not bool((edges.diff() >= 0).all()) or not bool(((edges >= 0) & (edges <= N)).all()):
+        raise FormatError("the snapshot's tensor stat.segments is wrong", f"stretches must rise within 0 and {N}")
 
 
 def check_rows(index: int, rows: Rows, meta: Meta) -> None:
@@ -103,7 +114,9 @@ def check_rows(index: int, rows: Rows, meta: Meta) -> None:
 def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:
     """The same statistics; FormatError for one that does not fit the cache by dtype or shape, or that is not finite."""
     Hq, D, per_token = meta.layout.q_heads, meta.layout.head_dim, (meta.layout.heads, meta.seq.tokens)
-    shapes: dict[str, tuple[int, ...]] = {"attn_mass": per_token, "value_norm": per_token, "sink_logit": (Hq,)}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_mass", "value_norm", "mass_sq"), per_token)
+    shapes |= dict.fromkeys(("resid_norm", "attn_in_norm"), per_token[1:])
+    shapes |= {"sink_logit": (Hq,), "q_mean": (Hq, D), "q_cov": (Hq, D, D)}
     for name in ("q_last", "q_probe"):
         positions: Tensor | None = getattr(stats, f"{name}_pos")
         count = 0 if positions is None else positions.numel()

@@ -2,38 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from .budget import Budget, protection
+from .budget import Budget
 from .device import CPU, ahead, blaming_card
 from .errors import InfeasibleError, KvError
 from .layers import layer_tensors
-from .meta import Json
 from .metrics import median_p95, output_error
-from .outline import Outline, hollow
+from .outline import hollow
+from .plan import Plan, find_sliding, make_ask, make_outline
 from .recipe import Recipe, evicting
 from .registry import Ask, Scored
-from .snapshot import LayerKV, Snapshot, Stats, check_finite
+from .snapshot import COLLECT, LayerKV, Snapshot, Stats, check_finite
 from .storage import Writer
 
 Tick = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One file to be written: what stays in which head, as the first pass decided."""
-
-    recipe: Recipe
-    ask: Ask
-    scored: Sequence[Scored | None]  # one a layer; None where the layer stays as it is
-    outline: Outline
-    keep_stats: bool
-    device: torch.device  # where both passes work; how many entries stay is decided on the CPU
 
 
 @blaming_card()
@@ -59,10 +47,8 @@ def make_plans(
         {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}
         for budget in budgets
     ]
-    sliding = _sliding(snapshot)
-    asks = [
-        _ask(snapshot, recipe, budget, stats, sliding, entry) for budget, entry in zip(budgets, entries, strict=True)
-    ]
+    sliding = find_sliding(snapshot)
+    asks = [make_ask(snapshot, recipe, each, stats, sliding, e) for each, e in zip(budgets, entries, strict=True)]
     lens, scored = list[Tensor](), [list[Scored | None]() for _ in asks]
     with ahead(snapshot, device) as layers:
         for i, rows, part in layers:
@@ -77,7 +63,7 @@ def make_plans(
     plans = []
     for ask, mine, entry in zip(asks, scored, entries, strict=True):
         counts, used = _allocate(recipe, mine, lens, ask)
-        plans.append(Plan(used, ask, mine, _outline(snapshot, used, counts, stats, entry), keep_stats, device))
+        plans.append(Plan(used, ask, mine, make_outline(snapshot, used, counts, stats, entry), keep_stats, device))
     return plans
 
 
@@ -119,51 +105,6 @@ def protect(scored: Scored, kv: LayerKV, ask: Ask) -> Scored:
     return replace(scored, score=scored.score.masked_fill(kept, torch.inf).masked_fill(~kv.real, -torch.inf))
 
 
-def _sliding(snapshot: Snapshot) -> dict[int, Tensor]:
-    """Entries a head of the layers that stay as they are."""
-    if not snapshot.meta.held:
-        raise InfeasibleError(
-            "there is nothing to compress: every layer of the model slides over a window shorter than the document",
-            "sliding layers are kept as they are",
-        )
-    return {i: snapshot.rows[i].lens for i in range(len(snapshot.rows)) if i not in snapshot.meta.held}
-
-
-def _ask(
-    snapshot: Snapshot,
-    recipe: Recipe,
-    budget: Budget | None,
-    stats: Sequence[Stats],
-    sliding: dict[int, Tensor],
-    entry: Json,
-) -> Ask:
-    if (budget is not None) != recipe.takes_budget:
-        raise ValueError(f"budgets are those of recipe.budgets, not {budget} for {recipe}")
-    meta, layout = snapshot.meta, snapshot.meta.layout
-    N, H, L, lead = meta.seq.tokens, layout.heads, len(meta.held), meta.seq.lead
-
-    def size_of(B: int) -> int:
-        # Heads that differ, so that the lengths of the heads are counted too; all of everything is laid out as it is.
-        uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B < N else [B] * H)
-        counts = [sliding.get(i, uneven) for i in range(layout.layers)]
-        outline = _outline(snapshot, recipe if B < N else evicting(recipe), counts, stats, entry)
-        return outline.file_bytes + (8 * len(outline.specs) if B < N else 0)  # another distribution's longer offsets
-
-    B = budget.per_head(N, L * H, size_of) if budget else N
-    pairs = zip((recipe.sink, recipe.recent), protection(B, lead), strict=True)
-    sink, recent = (usual if given is None else given for given, usual in pairs)
-    if sink + recent > B and B < N:
-        raise InfeasibleError(
-            f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head",
-            fix="raise the budget or protect less",
-        )
-    ask = Ask(-1, L, L * H * B, B, N, sink, recent, lead, layout.scale, entry["seed"], layout.softcap, meta.rope)
-    for step in recipe.steps:
-        if "check" in step.stage.parts:
-            step.part("check", ask)
-    return ask
-
-
 def _score_layer(
     snapshot: Snapshot, recipe: Recipe, i: int, kv: LayerKV, stats: Stats, asks: Sequence[Ask]
 ) -> list[Scored | None]:
@@ -185,10 +126,12 @@ def _check_stats(recipe: Recipe, stats: Stats, layer: int, compressed: bool) -> 
     missing = [need for need in recipe.needs if need not in stats.present()]
     if missing:
         again = "; compress the full snapshot, or make this one again with kvcli compress --keep-stats"
+        asked = [name for name, parts in COLLECT.items() if {*parts} & {*missing}]
+        how = f"kvcli score SNAPSHOT --collect {','.join(asked)} adds" if asked else "kvcli prefill DOC records"
         raise InfeasibleError(
             f"{recipe} needs {', '.join(missing)}, which layer {layer} of this snapshot does not have",
             "compressed files drop their statistics unless made with --keep-stats" if compressed else "",
-            f"kvcli prefill DOC records {', '.join(missing)}" + (again if compressed else ""),
+            f"{how} {', '.join(missing)}" + (again if compressed else ""),
         )
     check_finite(layer, **{need: getattr(stats, need) for need in recipe.needs})
 
@@ -209,18 +152,6 @@ def _allocate(
     for i, count in zip(parts, shared, strict=True):
         counts[i] = count.cpu()
     return counts, evicting(recipe) if all(map(torch.equal, counts, lens)) else recipe
-
-
-def _outline(
-    snapshot: Snapshot, recipe: Recipe, counts: Sequence[Tensor], stats: Sequence[Stats], entry: Json
-) -> Outline:
-    parts = {*recipe.reduce.stage.adds(**recipe.reduce.options), *({"bias", "span"} & {*snapshot.meta.requires})}
-    held = snapshot.meta.held
-    of = snapshot.meta.seq.tokens * snapshot.meta.layout.heads * len(held)
-    entry = {**entry, "entries": sum(int(counts[i].sum()) for i in held), "of": of}
-    meta = replace(snapshot.meta, history=(*snapshot.meta.history, entry), encode=recipe.encode.text)
-    extra = {**snapshot.lasting, "report": torch.empty(len(counts), 4)}
-    return Outline.of(meta, counts, frozenset(parts), stats, extra)
 
 
 def _write_layer(plan: Plan, i: int, kv: LayerKV, stats: Stats, out: Writer) -> Tensor:  # -> [4]

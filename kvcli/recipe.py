@@ -72,6 +72,11 @@ class Recipe:
         return tuple(dict.fromkeys(need for step in self.steps for need in step.stage.needs))
 
     @property
+    def profiles(self) -> tuple[str, ...]:
+        """Methods whose profile of the model some step reads."""
+        return tuple(dict.fromkeys(step.stage.name for step in self.steps if step.stage.profile))
+
+    @property
     def takes_budget(self) -> bool:
         """Whether a budget says how much stays; else everything does, or the score's options say."""
         return self.score is not None and not self.score.sizes_itself

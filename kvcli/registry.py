@@ -14,12 +14,23 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .meta import Json
 from .options import Option, options_of
 
 Kind = Literal["score", "allocate", "reduce", "encode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Name of a tensor in a layer -> its dtype, as safetensors names it, and its shape.
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method comes from and what of ours was held against it."""
+
+    paper: str = ""
+    year: int | None = None
+    question: bool = False  # whether its paper compressed with the question in view
+    checked: str = ""  # what our code was compared with
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class Ask:
     seed: int = 0
     softcap: float | None = None  # of the attention logits
     rope: Mapping[str, Any] = field(default_factory=dict)  # as in Meta
+    segments: Tensor | None = None  # [S, 4] int32 begin, end, type (index in SEGMENTS), group; None where unknown
+    profiles: Mapping[str, Json] = field(default_factory=dict)  # by method, what was calibrated on the model
 
     @property
     def freq(self) -> Tensor | None:  # [R] float32
@@ -56,6 +69,7 @@ class Scored:
     weight: Tensor | None = None  # for the allocator and the reducer of the same method
     count: Tensor | None = None  # [H] where a score fixes its own sizes
     least: Tensor | None = None  # [H] fewest entries a head can hold, where that is more than its +inf
+    note: str = ""  # what the user should know of this layer, such as a fallback
 
     @property
     def low(self) -> Tensor:  # [H] int64
@@ -76,12 +90,14 @@ class Stage:
     kind: Kind
     name: str
     fn: Callable[..., Any]
+    source: Source = Source()
     needs: tuple[str, ...] = ()  # statistics
-    paper: str = ""
+    profile: bool = False  # whether it reads the profile of its name, which `kvcli calibrate` makes
     after: str = ""  # the score whose meaning it relies on
     by_budget: bool = False  # the result depends on the budget
     sizes: Callable[..., bool] = lambda **_: False  # (**options) -> whether a score fixes its own sizes
     adds: Callable[..., tuple[str, ...]] = lambda **_: ()  # (**options) -> parts of an entry a reducer adds: bias, span
+    lossy: bool = False  # whether an encoding changes numbers
     options: Mapping[str, Option] = field(default_factory=dict)
     parts: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
@@ -132,34 +148,35 @@ def score(
     *,
     name: str = "",
     needs: tuple[str, ...] = (),
-    paper: str = "",
+    source: Source = Source(),
+    profile: bool = False,
     by_budget: bool = False,
     sizes: Callable[..., bool] = lambda **_: False,
 ) -> Decorator:
     """(kv, stats, ask, **options) -> Scored."""
-    return _register("score", name, needs=needs, paper=paper, by_budget=by_budget, sizes=sizes)
+    return _register("score", name, needs=needs, source=source, profile=profile, by_budget=by_budget, sizes=sizes)
 
 
-def allocate(*, name: str = "", paper: str = "", after: str = "") -> Decorator:
+def allocate(*, name: str = "", source: Source = Source(), profile: bool = False, after: str = "") -> Decorator:
     """(L x Scored, n, ask, **options) -> L x [H] int64, adding up to n."""
-    return _register("allocate", name, paper=paper, after=after)
+    return _register("allocate", name, source=source, profile=profile, after=after)
 
 
 def reduce(
     *,
     name: str = "",
     needs: tuple[str, ...] = (),
-    paper: str = "",
+    source: Source = Source(),
     after: str = "",
     adds: Callable[..., tuple[str, ...]] = lambda **_: (),
 ) -> Decorator:
     """(kv, stats, scored, count [H], ask, **options) -> LayerKV, pivots [H, n] (index in the input, -1 padding)."""
-    return _register("reduce", name, needs=needs, paper=paper, after=after, adds=adds)
+    return _register("reduce", name, needs=needs, source=source, after=after, adds=adds)
 
 
-def encode(*, name: str = "", paper: str = "") -> Decorator:
+def encode(*, name: str = "", source: Source = Source(), after: str = "", lossy: bool = False) -> Decorator:
     """(kv, scored, ask, **options) -> {name: tensor}; give it a `.decoder` and `.shapes` too."""
-    return _register("encode", name, paper=paper)
+    return _register("encode", name, source=source, after=after, lossy=lossy)
 
 
 @cache

@@ -14,6 +14,11 @@ from .meta import Meta
 
 T = TypeVar("T")
 
+# What `--collect` names: statistics that prefill records only when asked to.
+COLLECT = {"norms": ("resid_norm", "attn_in_norm"), "moments": ("mass_sq", "q_mean", "q_cov")}
+# What a stretch of the text can be, by the code in column 2 of `stat.segments` [S, 4]: begin, end, type, group.
+SEGMENTS = ("paragraph", "turn", "system", "frame", "scale")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -147,6 +152,11 @@ class Stats:
     attn_mass: Tensor | None = None  # [H, N] float32, attention received, mean over the group
     value_norm: Tensor | None = None  # [H, N] float32, 1-norm of v W_O, mean over the group
     sink_logit: Tensor | None = None  # [Hq] float32, a learned logit in each softmax that no entry receives
+    mass_sq: Tensor | None = None  # [H, N] float32, squares of the attention received, mean over the group
+    q_mean: Tensor | None = None  # [Hq, D] float32, of the queries without their rotation, the sinks' left out
+    q_cov: Tensor | None = None  # [Hq, D, D] float32, their covariance
+    resid_norm: Tensor | None = None  # [N] float32, 2-norm of the hidden state that enters the layer
+    attn_in_norm: Tensor | None = None  # [N] float32, the same behind the layer's first norm
 
     def present(self) -> dict[str, Tensor]:
         """The fields that are there, by name, in the order they are written."""

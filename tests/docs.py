@@ -40,7 +40,7 @@ def methods_table() -> str:
             f"`{written(key, option.default)}`" + (f" ({option.words})" if option.choices or option.optional else "")
             for key, option in stage.options.items()
         )
-        cells = (f"`{stage.name}`", stage.kind, stage.help, options, ", ".join(stage.needs), stage.paper)
+        cells = (f"`{stage.name}`", stage.kind, stage.help, options, ", ".join(stage.needs), stage.source.paper)
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

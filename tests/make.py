@@ -39,7 +39,17 @@ def make_snapshot(
     rows = [_rows(heads, tokens, dim, dtype, ragged, bias, rng) for _ in range(layers)]
     observed = [_stats(heads, q_heads, tokens, dim, dtype, rng) if stats else Stats() for _ in range(layers)]
     extra = {"stat.final_hidden": torch.randn(q_heads * dim, generator=rng).to(dtype)}
+    if stats:
+        extra["stat.segments"] = _segments(tokens)
     return Snapshot(Meta(seq, model, "0" * 32, layout, rope), ids, rows, observed, extra)
+
+
+def _segments(tokens: int) -> torch.Tensor:  # -> [S, 4] int32
+    """Paragraphs of 9 tokens behind the template, the last one shorter."""
+    begins = torch.arange(min(2, tokens - 1), tokens, 9, dtype=torch.int32)
+    ends = torch.cat([begins[1:], torch.tensor([tokens], dtype=torch.int32)])
+    kind = torch.zeros_like(begins)
+    return torch.stack([begins, ends, kind, torch.arange(len(begins), dtype=torch.int32)], 1)
 
 
 def _rows(
@@ -72,7 +82,20 @@ def _stats(heads: int, q_heads: int, tokens: int, dim: int, dtype: torch.dtype, 
         q_probe_pos=torch.linspace(0, tokens - 1, W).int(),
         attn_mass=torch.rand(heads, tokens, generator=rng),
         value_norm=torch.rand(heads, tokens, generator=rng),
+        **_collected(heads, q_heads, tokens, dim, rng),
     )
+
+
+def _collected(heads: int, q_heads: int, tokens: int, dim: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
+    """What prefill records with --collect."""
+    spread = torch.randn(q_heads, dim, dim, generator=rng)
+    return {
+        "mass_sq": torch.rand(heads, tokens, generator=rng),
+        "q_mean": torch.randn(q_heads, dim, generator=rng),
+        "q_cov": spread @ spread.mT,
+        "resid_norm": torch.rand(tokens, generator=rng) + 1,
+        "attn_in_norm": torch.rand(tokens, generator=rng) + 1,
+    }
 
 
 def packed(snapshot: Snapshot) -> bytes:

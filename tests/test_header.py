@@ -252,7 +252,7 @@ def test_summary_counts_what_is_there(ragged: bool) -> None:
     assert facts["file_bytes"] == len(encode_header(tensors, metadata)) + sum(spec.nbytes for spec in tensors)
     assert [layer["per_head"] for layer in facts["layers"]] == ([None] * 3 if ragged else [13] * 3)
     assert facts["model"]["id"] == "tests/tiny-llama" and facts["layout"]["dtype"] == "BF16"
-    assert facts["stats"] == sorted([*make_snapshot().stats[0].present(), "final_hidden"])
+    assert facts["stats"] == sorted([*make_snapshot().stats[0].present(), "final_hidden", "segments"])
 
 
 def test_payload_is_keys_and_values() -> None:

@@ -26,9 +26,10 @@ RECIPES += [
     "kvmerger:sigma=5,max_run=17",
     "h2o+global",
 ]
-RECIPES += [f"snapkv+encode={stage.name}" for stage in stages() if stage.kind == "encode"]
+RECIPES += [f"{stage.after or 'snapkv'}+encode={stage.name}" for stage in stages() if stage.kind == "encode"]
 RECIPES += [f"{stage.after or 'snapkv'}+reduce={stage.name}" for stage in stages() if stage.kind == "reduce"]
 SIZES = {"layers": 2, "heads": 3, "q_heads": 6, "tokens": 83, "dim": 16}
+SEGMENTS = make_snapshot(**SIZES).extra["stat.segments"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -149,7 +150,7 @@ def stage_by_stage(name: str, kv: LayerKV, stats: Stats) -> LayerKV:
     recipe = Recipe.parse(name)
     B = int(kv.lens.min()) // 2 + 1
     rope = {"head_dim": 16, "inv_freq": [1.0, 0.1, 0.01]}
-    ask = Ask(0, 1, 3 * B, B, 83, 1, 2, 0, 0.25, rope=rope)
+    ask = Ask(0, 1, 3 * B, B, 83, 1, 2, 0, 0.25, rope=rope, segments=SEGMENTS)
     assert recipe.score
     scored = protect(recipe.score(kv, stats, ask), kv, ask)
     small, pivot = recipe.reduce(kv, stats, scored, recipe.allocate([scored], 3 * B, ask)[0], ask)
@@ -169,7 +170,8 @@ def test_permuting_heads_permutes_results(recipe: str) -> None:
     kv, stats = padded(0.0)
     turn = torch.tensor([2, 0, 1])
     queries = torch.cat([2 * turn[:, None], 2 * turn[:, None] + 1], 1).flatten()
-    by_head = {"attn_mass": turn, "value_norm": turn, "q_last": queries, "q_probe": queries}
+    by_head = dict.fromkeys(("attn_mass", "value_norm", "mass_sq"), turn)
+    by_head |= dict.fromkeys(("q_last", "q_probe", "q_mean", "q_cov"), queries)
     moved = Stats(**{key: part[by_head[key]] if key in by_head else part for key, part in stats.present().items()})
     parts = {key: part[turn] for key, part in vars(kv).items() if part is not None}
     before, after = stage_by_stage(recipe, kv, stats), stage_by_stage(recipe, LayerKV(**parts), moved)
@@ -182,7 +184,7 @@ def test_permuting_heads_permutes_results(recipe: str) -> None:
 
 def test_what_stays_has_the_highest_score() -> None:
     kv, stats = padded(0.0)
-    ask = Ask(0, 1, 30, 10, 83, 0, 0, 0, 0.25)
+    ask = Ask(0, 1, 30, 10, 83, 0, 0, 0, 0.25, segments=SEGMENTS)
     for name in SCORES:
         stage = named(name)["score"]
         scored = protect(stage(kv, stats, ask), kv, ask)

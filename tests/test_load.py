@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import nudge, tiny_model
 from transformers import AutoConfig
 
+from kvcli import profiles
 from kvcli.errors import InfeasibleError, StorageError, UsageError
 from kvcli.model import convert, load
 from kvcli.model.identity import weights_hash
@@ -32,10 +33,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    assert load.home() == home
+    assert profiles.home() == home
     monkeypatch.delenv("KVCLI_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert load.home() == Path("/cache/kvcli")
+    assert profiles.home() == Path("/cache/kvcli")
 
 
 def test_a_folder_loads_ready_to_run(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from kvcli.methods.adakv import share_layer
-from kvcli.methods.snapkv import smooth, snapkv
+from kvcli.methods.snapkv import snapkv
 from kvcli.methods.streamingllm import streamingllm
 from kvcli.pipeline import protect
 from kvcli.registry import Ask, Scored, named
 from kvcli.snapshot import LayerKV, Stats, mask_index, top_mask
+from kvcli.window import smooth
 
 U = torch.tensor([[0.05, 0.30, 0.02, 0.01, 0.01, 0.20, 0.02, 0.04, 0.03]])
 

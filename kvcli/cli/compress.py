@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..budget import Budget
-    from ..pipeline import Plan
+    from ..plan import Plan
     from ..recipe import Recipe
 
 
@@ -157,6 +157,7 @@ def _row(plan: "Plan", budget: "Budget | None") -> dict[str, Any]:
         "keep": outline.entries / outline.total,
         "kv_bytes": outline.kv_bytes,
         "file_bytes": outline.file_bytes,
+        "notes": plan.notes,
     }
 
 
@@ -166,6 +167,8 @@ def _show(ui: Ui, row: dict[str, Any]) -> None:
         f"{name}: {row['entries']:,} of {row['of']:,} entries ({row['keep']:.1%}), {size(row['file_bytes'])} "
         f"of {size(row['bytes_before'])} in {row['seconds']:.1f} s"
     )
+    for note in row["notes"]:
+        ui.warn(note)
     if row["entries"] == row["entries_before"]:
         held = "the document" if row["entries"] == row["of"] else "what the snapshot holds"
         ui.say("everything was kept" + (f": the budget is no smaller than {held}" if row["budget"] else ""))

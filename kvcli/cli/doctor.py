@@ -126,7 +126,8 @@ def _kernels() -> tuple[dict[str, str], list[Problem]]:
 
 
 def _models() -> tuple[Facts, list[Problem]]:
-    from ..model.convert import DEFAULT, default_state, home, known_folders
+    from ..model.convert import DEFAULT, default_state, known_folders
+    from ..profiles import home
 
     default = home() / "models" / DEFAULT
     others = [str(folder) for folder in known_folders() if folder.resolve() != default.resolve()]
@@ -139,7 +140,8 @@ def _models() -> tuple[Facts, list[Problem]]:
 
 
 def _space() -> tuple[Facts, list[Problem]]:
-    from ..model.convert import default_state, home
+    from ..model.convert import default_state
+    from ..profiles import home
 
     problems = []
     folder = next(path for path in (home().absolute(), *home().absolute().parents) if path.is_dir())

@@ -28,7 +28,7 @@ def command(name: str | None) -> None:
             "stage": stage.kind,
             "help": stage.help,
             "needs": list(stage.needs),
-            "paper": stage.paper,
+            "paper": stage.source.paper,
             "options": {key: option.default for key, option in stage.options.items()},
             "choices": {key: option.choices for key, option in stage.options.items() if option.choices},
             "takes": {key: option.words for key, option in stage.options.items()},

@@ -7,14 +7,16 @@ from torch import Tensor
 
 from ..budget import share_out
 from ..options import Share
-from ..registry import Ask, Scored, allocate
-from .uniform import uniform
+from ..registry import Ask, Scored, Source, allocate
+from ..shares import by_layer
+
+SOURCE = Source("arXiv:2407.11550", 2024, question=True, checked="worked examples")
 
 
-@allocate(paper="arXiv:2407.11550")
+@allocate(source=SOURCE)
 def adakv(scored: Sequence[Scored], n: int, ask: Ask, *, floor: Share = 0.2) -> list[Tensor]:
     """Heads share a layer's entries by their scores; each gets at least `floor` of an even share."""
-    even = uniform(scored, n, ask)
+    even = by_layer(torch.full((len(scored),), n / sum(len(part.score) for part in scored)), scored, n)
     return [share_layer(part, int(total.sum()), floor) for part, total in zip(scored, even, strict=True)]
 
 

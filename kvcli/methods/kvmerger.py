@@ -11,13 +11,13 @@ from ..kernels.limit import fewest_runs, first_fitting, limit_runs, must_start, 
 from ..kernels.rope import rotate
 from ..kernels.runs import merge_runs
 from ..options import AtLeast0, Positive
-from ..registry import Ask, Scored, reduce, score
+from ..registry import Ask, Scored, Source, reduce, score
 from ..snapshot import LayerKV, Rows, Stats, top_mask
 
-PAPER = "arXiv:2407.08454"
+SOURCE = Source("arXiv:2407.08454", 2024, question=True, checked="worked examples")
 
 
-@score(needs=("attn_mass",), paper=PAPER, by_budget=True, sizes=lambda epsilon, **_: epsilon is not None)
+@score(needs=("attn_mass",), source=SOURCE, by_budget=True, sizes=lambda epsilon, **_: epsilon is not None)
 def kvmerger_score(
     kv: LayerKV, stats: Stats, ask: Ask, *, epsilon: float | None = None, max_run: AtLeast0 = 64
 ) -> Scored:
@@ -39,7 +39,7 @@ def kvmerger_score(
 
 @reduce(
     needs=("attn_mass",),
-    paper=PAPER,
+    source=SOURCE,
     after="kvmerger",
     adds=lambda values, **_: ("span", "bias") if values == "logcount" else ("span",),
 )

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..budget import share_out
 from ..registry import Ask, Scored, allocate
+from ..shares import by_layer
 
 
 @allocate()
 def uniform(scored: Sequence[Scored], n: int, ask: Ask) -> list[Tensor]:
     """The same number of entries for every head."""
-    low, high = torch.cat([part.low for part in scored]), torch.cat([part.high for part in scored])
-    want = torch.full_like(low, n / len(low), dtype=torch.float64)
-    return list(share_out(want, n, low, high).view(len(scored), -1))
+    heads = sum(len(part.score) for part in scored)
+    return by_layer(torch.full((len(scored),), n / heads, dtype=torch.float64), scored, n)

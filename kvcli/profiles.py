@@ -1,0 +1,71 @@
+"""Profiles: what a method has to know of a model beforehand, as JSON, one file a method and hash of weights."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from .errors import FormatError, InfeasibleError, MismatchError, StorageError
+from .meta import Json
+
+SHIPPED = Path(__file__).parent / "methods/profiles"  # those of the default model
+
+
+def home() -> Path:
+    """The folder of converted models and of what is known about others: KVCLI_HOME, else kvcli in the user's cache."""
+    if own := os.environ.get("KVCLI_HOME"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcli"
+
+
+def profile_path(method: str, weights: str) -> Path:
+    """Where `kvcli calibrate` keeps the profile of a method for a model, known by the hash of its weights."""
+    return home() / "profiles" / _folder(weights) / f"{method}.json"
+
+
+def load_profile(method: str, weights: str) -> Json:
+    """The profile of a method for these weights: the user's own, else the one that is shipped.
+
+    Raises InfeasibleError where there is none, MismatchError for one of other weights, FormatError if damaged.
+    """
+    shipped = SHIPPED / _folder(weights) / f"{method}.json"
+    path = next((path for path in (profile_path(method, weights), shipped) if path.is_file()), None)
+    if path is None:
+        why = f"it needs to be calibrated on the model once; looked in {profile_path(method, weights).parent}"
+        raise InfeasibleError(f"{method} has no profile of this model", why, f"kvcli calibrate --for {method}")
+    return read_profile(path, method, weights)
+
+
+def read_profile(path: Path, method: str, weights: str) -> Json:
+    """The profile in a file; raises as `load_profile` does."""
+    again = f"kvcli calibrate --for {method}"
+    try:
+        found = json.loads(path.read_text())
+        about = found["method"], found["weights"]
+    except OSError as cause:
+        raise StorageError(f"cannot read {path}", cause.strerror or "") from cause
+    except (KeyError, TypeError, ValueError, RecursionError) as cause:
+        raise FormatError(f"{path} is not a profile", f"{cause!s:.80}", again) from cause
+    if about != (method, weights):
+        why = f"it was made for {about[0]!s:.40} on weights {about[1]!s:.32}, not for {method} on {weights:.32}"
+        raise MismatchError(f"{path} is the profile of another model", why, again)
+    return dict(found)
+
+
+def save_profile(profile: Json) -> Path:
+    """Keep a profile, which names its `method` and `weights`, and return its path. Raises StorageError."""
+    path = profile_path(profile["method"], profile["weights"])
+    temp = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp.write_text(json.dumps(profile, sort_keys=True, indent=1) + "\n")
+        temp.replace(path)
+    except OSError as cause:
+        temp.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}", cause.strerror or "") from cause
+    return path
+
+
+def _folder(weights: str) -> str:
+    """A hash as the name of a folder, whatever a file says its hash is."""
+    return re.sub(r"[^0-9A-Za-z]", "_", weights)[:64] or "_"

@@ -1,0 +1,45 @@
+"""How layers share the entries of a file; inside a layer all heads hold the same number."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .budget import share_out
+from .registry import Scored
+
+
+def by_layer(want: Tensor, scored: Sequence[Scored], n: int) -> list[Tensor]:  # [L] entries a head -> L x [H] int64
+    """Counts near `want` that add up to n, within what the heads need and hold.
+
+    Heads of a layer get equal counts, unless that is impossible since they need or hold different numbers.
+    Raises InfeasibleError as `share_out` does.
+    """
+    low, high = torch.stack([part.low for part in scored]).cpu(), torch.stack([part.high for part in scored]).cpu()
+    L, H = low.shape
+    least, most = low.amax(1), high.amin(1)
+    if n % H == 0 and int(least.sum()) <= n // H <= int(most.sum()) and bool((least <= most).all()):
+        return list(share_out(want, n // H, least, most)[:, None].repeat(1, H))
+    every = share_out(want.repeat_interleave(H), n, low.flatten(), high.flatten())
+    return list(every.view(L, H))
+
+
+def proportional(weight: Tensor, total: float, most: Tensor) -> Tensor:  # [X] >= 0, [X] -> [X] float64
+    """Shares of `total` in proportion to `weight`, none above `most`; what does not fit goes to the others likewise.
+
+    Weights that are all 0 count as equal. Where `most` does not hold the total, everything is full.
+    """
+    weight, most = weight.double().cpu(), most.double().cpu()
+    share, open_ = torch.zeros_like(weight), torch.ones_like(weight, dtype=torch.bool)
+    for _ in range(len(weight)):
+        left = total - float(share[~open_].sum())
+        pull = weight.masked_fill(~open_, 0.0)
+        pull = pull if float(pull.sum()) > 0 else open_.double()
+        share = torch.where(open_, left * pull / pull.sum(), share)
+        over = open_ & (share > most)
+        if not bool(over.any()):
+            return share
+        share, open_ = torch.where(over, most, share), open_ & ~over
+        if not bool(open_.any()):
+            break
+    return share
