@@ -107,7 +107,12 @@ class Stage:
     @property
     def help(self) -> str:
         """The first line of the docstring."""
-        return (inspect.getdoc(self.fn) or "").split("\n")[0]
+        return self.doc.split("\n")[0]
+
+    @property
+    def doc(self) -> str:
+        """The whole docstring."""
+        return inspect.getdoc(self.fn) or ""
 
     def check(self, fn: Callable[..., None]) -> Callable[..., None]:
         """Register what must hold before a layer is read: (ask, **options) raises InfeasibleError."""

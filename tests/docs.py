@@ -34,13 +34,27 @@ def names_file() -> str:
 
 
 def methods_table() -> str:
-    rows = ["| name | stage | what it does | options | needs | paper |", "| --- | --- | --- | --- | --- | --- |"]
+    titles = (
+        "name",
+        "stage",
+        "what it does",
+        "options",
+        "needs",
+        "paper",
+        "year",
+        "question in view",
+        "checked against",
+    )
+    rows = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     for stage in stages():
         options = ", ".join(
             f"`{written(key, option.default)}`" + (f" ({option.words})" if option.choices or option.optional else "")
             for key, option in stage.options.items()
         )
-        cells = (f"`{stage.name}`", stage.kind, stage.help, options, ", ".join(stage.needs), stage.source.paper)
+        needs, source = ", ".join([*stage.needs, *["profile"] * stage.profile]), stage.source
+        seen = ("yes" if source.question else "no") if source.paper else ""
+        cells = (f"`{stage.name}`", stage.kind, stage.help, options, needs)
+        cells += (source.paper, str(source.year or ""), seen, source.checked)
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -1,51 +1,96 @@
 """kvcli methods: every method with its stages, options and source."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .ui import current, output_options
+from .ui import complete_after, current, output_options
+
+if TYPE_CHECKING:
+    from ..registry import Stage
 
 
-@click.command("methods", short_help="List methods with their options and sources.")
-@click.argument("name", required=False)
+@click.group("methods", short_help="List methods with their sources; `show` explains one.", invoke_without_command=True)
 @output_options
-def command(name: str | None) -> None:
-    """List the methods that `compress --method` knows; with NAME, one of them with its options.
+@click.pass_context
+def command(context: click.Context) -> None:
+    """List the methods that `compress --method` knows: their stages, the paper and its year, and what they do.
+
+    A method marked ? was published with the question in view when the cache was compressed; `prefill --probe` gives it
+    one.
 
     \b
     Examples:
       kvcli methods
-      kvcli methods kvmerger
+      kvcli methods --json
+      kvcli methods show kvmerger
     """
-    from ..registry import named, stages
+    if context.invoked_subcommand is None:
+        from ..registry import stages
 
+        _show(stages(), _line)
+
+
+@command.command("show")
+@click.argument("name", shell_complete=complete_after("+"))
+@output_options
+def show(name: str) -> None:
+    """Explain one method: what each of its stages does, its options, what it needs, and what it was checked against.
+
+    \b
+    Examples:
+      kvcli methods show kvmerger
+      kvcli methods show snapkv --json
+    """
+    from ..registry import named
+
+    _show(list(named(name).values()), _page)
+
+
+def _show(stages: "Sequence[Stage]", text: Any) -> None:
     ui = current()
-    found = list(named(name).values()) if name else stages()
-    rows = [
-        {
-            "name": stage.name,
-            "stage": stage.kind,
-            "help": stage.help,
-            "needs": list(stage.needs),
-            "paper": stage.source.paper,
-            "options": {key: option.default for key, option in stage.options.items()},
-            "choices": {key: option.choices for key, option in stage.options.items() if option.choices},
-            "takes": {key: option.words for key, option in stage.options.items()},
-        }
-        for stage in found
-    ]
     if ui.as_json:
-        ui.result("kvcli.methods/1", {"rows": rows})
+        ui.result("kvcli.methods/1", {"rows": [_facts(stage) for stage in stages]})
         return
-    for row in rows:
-        click.echo(_line(row))
+    for stage in stages:
+        click.echo(text(stage))
 
 
-def _line(row: dict[str, Any]) -> str:
+def _facts(stage: "Stage") -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "stage": stage.kind,
+        "help": stage.help,
+        "needs": list(stage.needs),
+        "profile": stage.profile,
+        **vars(stage.source),
+        "options": {key: option.default for key, option in stage.options.items()},
+        "choices": {key: option.choices for key, option in stage.options.items() if option.choices},
+        "takes": {key: option.words for key, option in stage.options.items()},
+    }
+
+
+def _line(stage: "Stage") -> str:
+    """A stage in one line."""
+    source = stage.source
+    mark = "?" if source.question else " "
+    return f"{stage.name:<18} {stage.kind:<9}{source.year or '':>4}{mark} {source.paper:<17} {stage.help}".rstrip()
+
+
+def _page(stage: "Stage") -> str:
+    """All that is known of a stage."""
     from ..recipe import written
 
-    options = [f"{written(key, value)} ({row['takes'][key]})" for key, value in row["options"].items()]
-    about = {"options": ", ".join(options), "needs": ", ".join(row["needs"]), "source": row["paper"]}
-    lines = [row["help"], *(f"{key}: {text}" for key, text in about.items() if text)]
-    return f"{row['name']:<13} {row['stage']:<9} " + "\n".ljust(25).join(lines)
+    source = stage.source
+    options = [f"{written(key, option.default)} ({option.words})" for key, option in stage.options.items()]
+    seen = "published with the question in view: give it one by kvcli prefill --probe" if source.question else ""
+    about = {
+        "options": "\n".ljust(15).join(options),
+        "needs": ", ".join([*stage.needs, *["a profile: kvcli calibrate"] * stage.profile]),
+        "source": " ".join(filter(None, (source.paper, f"({source.year})" if source.year else ""))),
+        "question": seen,
+        "checked": source.checked,
+    }
+    lines = [f"{stage.name}, {stage.kind}", *stage.doc.splitlines()]
+    return "\n".join([*lines, *(f"  {key:<11} {text}" for key, text in about.items() if text), ""])
