@@ -20,7 +20,7 @@ LEVELS = [
     {"layers"},
     {"outline"},
     {"storage", "metrics"},
-    {"diff", "plan"},
+    {"diff", "plan", "process"},
     {"pipeline", "model", "tasks"},
     {"api", "document", "trial"},
     {"evaluate"},
