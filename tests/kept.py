@@ -89,9 +89,8 @@ def main() -> None:
         rows = [*compared(sys.argv[1], default, "a text", read), *compared(sys.argv[1], made_up, "random", drawn)]
     ROWS.write_text("".join(json.dumps({**row, **about}) + "\n" for row in rows))
     for row in rows:
-        print(
-            f"{row['cache']:<8} {row['recipe']:<60} {row['budget']:.0%} {row['same']:.2%} {row['agree']:.2%} {row['sizes_differ']:.0%}"
-        )
+        shares = f"{row['same']:.2%} {row['agree']:.2%} {row['sizes_differ']:.0%}"
+        print(f"{row['cache']:<8} {row['recipe']:<60} {row['budget']:.0%} {shares}")
 
 
 if __name__ == "__main__":
