@@ -40,7 +40,7 @@ def taskkv_score(
     seen = received(kv, stats, ask, window) / len(last_queries(stats, window)[1])  # [H, T]
     planned = whole_heads(len(seen), ask.place, ask.L, beta, m)
     ends = max(first, ask.sink), max(last, ask.recent)
-    full, note = choose(_distance(kv, seen, top), kv.lens, planned, center, sum(ends), ask.B)
+    full, note = choose(distance(kv, seen, top), kv.lens, planned, center, sum(ends), ask.B)
     if not bool(full.any()) and min(sum(ends), int(kv.lens.max())) > ask.B:
         ends = shrunk(*ends, ask, window)
         note += f"{'; ' * bool(note)}the first {ends[0]} and last {ends[1]} tokens fill the budget"
@@ -90,7 +90,7 @@ def choose(
         full = pick(far, count, center)
         if count == 0 or int(torch.where(full, lens, lens.clamp(max=ends)).sum()) <= B * len(far):
             break
-    return full, f"{planned} whole heads were planned, {count} fit" if count < planned else ""
+    return full, f"whole heads: {planned} planned, {count} fit" if count < planned else ""
 
 
 def shrunk(first: int, last: int, ask: Ask, window: int) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def shrunk(first: int, last: int, ask: Ask, window: int) -> tuple[int, int]:
     return first, min(last, ask.B - first)
 
 
-def _distance(kv: LayerKV, seen: Tensor, top: int) -> Tensor:  # [H, T] -> [H]
+def distance(kv: LayerKV, seen: Tensor, top: int) -> Tensor:  # [H, T] -> [H]
     """How far the mean value of a head, by its `top` weights, lies from the mean of all heads."""
     best = top_mask(seen.masked_fill(~kv.real, -torch.inf), kv.lens.clamp(max=top))
     index = mask_index(best)  # [H, t]
