@@ -2,15 +2,19 @@
 
 METHODS = (
     "adakv",
+    "defensivekv",
     "evict",
     "global",
+    "guikv",
     "h2o",
     "keydiff",
     "knorm",
     "kvmerger",
+    "layer-defensivekv",
     "random",
     "raw",
     "snapkv",
     "streamingllm",
+    "taskkv",
     "uniform",
 )
