@@ -12,6 +12,7 @@ from ..layers import ids_hash
 from ..snapshot import Rows, Snapshot, append
 from .attend import Law
 from .cache import Layer, place, windows
+from .collect import collecting, known
 from .load import Model
 from .observe import CUT, read, rope_of
 from .observed import WINDOW, ObservedLayer
@@ -29,9 +30,9 @@ def extend(
 ) -> Snapshot:
     """The snapshot with these tokens read behind it, as if document and tokens had been read in one go.
 
-    Statistics go on as far as they can: sums over all tokens (`attn_mass`, `value_norm`) are left out once entries have
-    been dropped or merged, `q_last` is renewed. Memory is the snapshot twice. Raises InfeasibleError for more tokens
-    than the model reads, KvError where a layer is not finite.
+    Statistics go on as far as they can: those of all tokens (`attn_mass`, `value_norm`, what --collect recorded) are
+    left out once entries have been dropped or merged, `q_last` is renewed. Memory is the snapshot twice. Raises
+    InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
     meta, tokens = snapshot.meta, torch.tensor(ids, dtype=torch.int32)
     if not len(tokens):
@@ -43,9 +44,10 @@ def extend(
         ObservedLayer(len(tokens), window, _placed(model, rows), start, stats)
         for rows, window, stats in zip(there.rows, windows(model.config), there.stats, strict=True)
     ]
-    hidden = read(model, layers, tokens, chunk, tick)
-    rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(there.rows, layers, strict=True)]
     every = torch.cat([snapshot.ids, tokens])
+    with collecting(model, layers, every, known(there.stats), meta.seq.lead):
+        hidden = read(model, layers, tokens, chunk, tick)
+    rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(there.rows, layers, strict=True)]
     seq = replace(meta.seq, tokens=len(every), next_pos=end, ids_hash=ids_hash(every))
     kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
     meta = replace(
