@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -30,6 +30,12 @@ def collected(texts: Iterable[str], names: Iterable[str] = COLLECT) -> tuple[str
             why = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
             raise UsageError(f"--collect {name}: no statistics are called so", why)
     return found
+
+
+def collect_for(stats: Iterable[str]) -> tuple[str, ...]:
+    """The names of COLLECT under which some of these statistics are recorded."""
+    some = {*stats}
+    return tuple(name for name, parts in COLLECT.items() if some & {*parts})
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,11 @@ class Stats:
         if self.attn_mass is None:
             raise ValueError("attn_mass is missing: name it in needs=")
         return self.attn_mass.gather(1, kv.pos.clamp(min=0).long())
+
+
+def usual(stats: Stats) -> Stats:
+    """Those that are recorded of every document, without what `--collect` adds."""
+    return replace(stats, **{part: None for parts in COLLECT.values() for part in parts})
 
 
 def finite(part: Tensor) -> bool:

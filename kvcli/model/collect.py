@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..snapshot import COLLECT, Stats
+from ..snapshot import COLLECT, Stats, collect_for
 from .attend import Law
 from .cache import Layer, named, need_own_attention, windows
 from .load import Model
 from .observed import ObservedLayer
 from .rope import frequencies
 
+NOT_KNOWN = "the model does not show its decoder layers or how its queries turn, or the text is too short"
 SINKS = 4  # first tokens, whose queries are unlike all others
 
 
@@ -59,10 +60,9 @@ def collecting(
             hook.remove()
 
 
-def known(stats: Sequence[Stats]) -> list[str]:
+def known(stats: Sequence[Stats]) -> tuple[str, ...]:
     """The names of COLLECT of which something is there."""
-    found = {part for each in stats for part in each.present()}
-    return [name for name, parts in COLLECT.items() if found & {*parts}]
+    return collect_for(part for each in stats for part in each.present())
 
 
 def absent(stats: Sequence[Stats], held: Sequence[int], names: Collection[str]) -> list[str]:

@@ -16,6 +16,7 @@ from .collect import collecting, known
 from .load import Model
 from .observe import CUT, read, rope_of
 from .observed import WINDOW, ObservedLayer
+from .segments import behind
 from .text import need_room
 
 
@@ -25,6 +26,7 @@ def extend(
     snapshot: Snapshot,
     ids: Sequence[int],
     *,
+    segments: Tensor | None = None,  # [S, 4] int32, of these tokens
     chunk: int = 1024,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Snapshot:
@@ -54,6 +56,8 @@ def extend(
         meta, seq=seq, layout=replace(meta.layout, kinds=kinds), encode="raw", rope=rope_of(model, every, layers)
     )
     extra = {**snapshot.lasting, "stat.final_hidden": hidden[-1].cpu()}
+    if segments is not None:
+        extra["stat.segments"] = behind(extra.get("stat.segments"), segments, start)
     return Snapshot(meta, every, rows, [layer.stats() for layer in layers], extra)
 
 
