@@ -19,8 +19,10 @@ from .model import text as texts
 from .model.adopt import adopt
 from .model.attend import NAME as ATTENTION
 from .model.cache import make_cache, named
+from .model.chat import is_chat
+from .model.collect import NOT_KNOWN, absent
 from .model.extend import aim, extend
-from .model.given import listed, need_model, need_snapshot
+from .model.given import Document, Segments, encode, listed, need_model, need_snapshot
 from .model.load import Model, wrap
 from .model.load import load as load_model
 from .model.observe import prefill as read_document
@@ -116,7 +118,7 @@ def load(model: Any = None, tokenizer: Any = None, *, device: str = "auto", dtyp
 
 
 def prefill(
-    document: str | Sequence[int] | Tensor,
+    document: Document,
     model: Model,
     *,
     raw: bool = False,
@@ -124,38 +126,40 @@ def prefill(
     probe: str | None = None,
     truncate: bool = False,
     chunk: int = 1024,
+    collect: Sequence[str] = (),
+    segments: Segments | None = None,
     warn: Warn = _warn,
     tick: Tick = lambda done, total: None,
 ) -> Snapshot:
-    """Read a document, text or ids, and keep the model's memory of it, where the model is.
+    """Read a document, text, ids or the messages of a chat, and keep the model's memory of it, where the model is.
 
     raw: leave out the model's chat template; ids are always read as they are.
     onto: append the document to what this snapshot holds; MismatchError unless the model is the one that made it.
     probe: a likely question, run behind the document and left out again; compressing keeps what it asks for.
     truncate: cut a document that is too long, leaving room for a question and its answer.
-    warn: is told what of the document the model does not see.
+    collect: statistics that some methods need, "norms" or "moments"; `onto` goes on with those it has.
+    segments: stretches of the text, {"start", "end", "type", "group"} in characters, or a file of them; by default
+        its paragraphs.
+    warn: is told what of the document the model does not see, and what is absent.
     """
     need_model(model)
     if onto is not None:
         need_snapshot(onto)
     if chunk < 1:
         raise UsageError(f"chunk={chunk}: read at least one token at a time")
+    names = snapshot.collected([collect] if isinstance(collect, str) else collect)
+    doc = encode(document, model, warn, raw=raw, appended=onto is not None, segments=segments)
     start = onto.meta.seq.next_pos if onto else 0
-    if isinstance(document, str):
-        ids, seq = texts.encoded(model.tokenizer, document, warn, raw=raw, appended=onto is not None)
-    else:
-        ids, seq = listed(document, model), (0, "\n", False)
-    if truncate:
-        ids = _cut(ids, model, texts.readable(model.config) - start, seq[0], warn)
+    ids = _cut(doc, document, model, texts.readable(model.config) - start, warn) if truncate else doc.ids
+    how: dict[str, Any] = {"segments": doc.segments_of(ids), "chunk": chunk, "tick": tick}
     if onto:
         check_model(onto, model, warn=warn)
-        found = extend(model, onto, ids, chunk=chunk, tick=tick)
+        found = extend(model, onto, ids, **how)
     else:
-        found = read_document(model, ids, seq, chunk=chunk, tick=tick)
+        found = read_document(model, ids, doc.seq, collect=names, **how)
     if probe is not None:
         found = _aimed(found, model, probe, warn)
-    if any(found.stats[i].value_norm is None for i in found.meta.held) and not onto:
-        warn("the output projection was not found, so the statistic value_norm is absent")
+    _tell(found, names, onto is not None, warn)
     if found.meta.seq.next_pos > texts.readable(model.config):
         warn("little room is left in the model's context for a question and its answer")
     return _in_memory(found)
@@ -202,12 +206,23 @@ def from_cache(cache: Any, ids: Sequence[int] | Tensor, model: Model, *, chat: b
     return _in_memory(adopt(cache, given, model, (len(lead), tail, True)))
 
 
-def _cut(ids: list[int], model: Model, room: int, lead: int, warn: Warn) -> list[int]:
-    kept, cut = texts.truncate(model.tokenizer, ids, room, lead)
+def _cut(doc: texts.Encoded, document: Document, model: Model, room: int, warn: Warn) -> list[int]:
+    kept, cut = texts.truncate(model.tokenizer, doc.ids, room, doc.seq[0])
+    if cut and is_chat(document):
+        raise UsageError("a chat cannot be cut", "its last turn would not be closed", "leave out some of its messages")
     if cut:
         words = " ".join(model.tokenizer.decode(cut[:64]).split()[:8])
         warn(f"cut to {len(kept):,} tokens, {len(cut):,} were left out from here on: {words}")
     return kept
+
+
+def _tell(found: snapshot.Snapshot, names: Sequence[str], onto: bool, warn: Warn) -> None:
+    """Warn of statistics that are absent though they should be there."""
+    if any(found.stats[i].value_norm is None for i in found.meta.held) and not onto:
+        warn("the output projection was not found, so the statistic value_norm is absent")
+    if missing := ", ".join(absent(found.stats, found.meta.held, names)):
+        why = "the snapshot did not have what came before" if onto else NOT_KNOWN
+        warn(f"not recorded: {missing}; {why}")
 
 
 def _aimed(found: snapshot.Snapshot, model: Model, probe: str, warn: Warn) -> snapshot.Snapshot:

@@ -47,17 +47,20 @@ def model_of(
     return load(name, device=device, dtype=dtype or "bfloat16", tick=tick)
 
 
-def open_document(given: Given, model: Model, *, raw: bool = False, warn: Warn) -> Document:
+def open_document(
+    given: Given, model: Model, *, raw: bool = False, collect: Sequence[str] = (), warn: Warn
+) -> Document:
     """Look at a document without reading it: no step of the model is run.
 
-    raw: leave the chat template out of a text. warn: is told what the model will not see.
+    raw: leave the chat template out of a text. collect: what is recorded of it, names of COLLECT.
+    warn: is told what the model will not see.
     Raises MismatchError for a snapshot of another model, UsageError for an empty text or a compressed snapshot.
     """
     name, source = given
     with naming(name):
         if isinstance(source, Path):
             return _snapshot(name, source, model, lambda text: warn(f"{name}: {text}"))
-        return _text(name, source, model, raw, lambda text: warn(f"{name}: {text}"))
+        return _text(name, source, model, raw, collect, lambda text: warn(f"{name}: {text}"))
 
 
 def _snapshot(name: str, path: Path, model: Model, warn: Warn) -> Document:
@@ -69,15 +72,16 @@ def _snapshot(name: str, path: Path, model: Model, warn: Warn) -> Document:
         return Document(name, seq.tokens, seq.ids_hash, reader.digest, seq.tail, lambda folder: path)
 
 
-def _text(name: str, text: str, model: Model, raw: bool, warn: Warn) -> Document:
-    ids, seq = encoded(model.tokenizer, text, warn, raw=raw)
+def _text(name: str, text: str, model: Model, raw: bool, collect: Sequence[str], warn: Warn) -> Document:
+    doc = encoded(model.tokenizer, text, warn, raw=raw)
 
     def full(folder: Path) -> Path:
         path = folder / "full.kv.safetensors"
-        write_snapshot(prefill(model, ids, seq), path, force=True)
+        snapshot = prefill(model, doc.ids, doc.seq, collect=collect, segments=doc.segments)
+        write_snapshot(snapshot, path, force=True)
         return path
 
-    return Document(name, len(ids), ids_hash(torch.tensor(ids, dtype=torch.int32)), "", seq[1], full)
+    return Document(name, len(doc.ids), ids_hash(torch.tensor(doc.ids, dtype=torch.int32)), "", doc.seq[1], full)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from .outline import hollow
 from .plan import Plan, find_sliding, make_ask, make_outline
 from .recipe import Recipe, evicting
 from .registry import Ask, Scored
-from .snapshot import COLLECT, LayerKV, Snapshot, Stats, check_finite
+from .snapshot import LayerKV, Snapshot, Stats, check_finite, collect_for
 from .storage import Writer
 
 Tick = Callable[[int, int], None]
@@ -126,7 +126,7 @@ def _check_stats(recipe: Recipe, stats: Stats, layer: int, compressed: bool) -> 
     missing = [need for need in recipe.needs if need not in stats.present()]
     if missing:
         again = "; compress the full snapshot, or make this one again with kvcli compress --keep-stats"
-        asked = [name for name, parts in COLLECT.items() if {*parts} & {*missing}]
+        asked = collect_for(missing)
         how = f"kvcli score SNAPSHOT --collect {','.join(asked)} adds" if asked else "kvcli prefill DOC records"
         raise InfeasibleError(
             f"{recipe} needs {', '.join(missing)}, which layer {layer} of this snapshot does not have",

@@ -10,6 +10,7 @@ from .budget import Budget
 from .errors import UsageError
 from .options import AtLeast0, Option
 from .registry import KINDS, Kind, Stage, named
+from .snapshot import collect_for
 
 # Options of every recipe: the pipeline keeps the first and the newest tokens.
 GENERIC = {"sink": Option.of(None, AtLeast0), "recent": Option.of(None, AtLeast0)}
@@ -222,6 +223,11 @@ def split(texts: Iterable[str]) -> list[str]:
 
 
 Cell = tuple[Recipe, Budget | None]
+
+
+def collect_of(cells: Iterable[Cell]) -> tuple[str, ...]:
+    """What must be collected of a document for all of these, names of COLLECT."""
+    return collect_for(need for recipe, _ in cells for need in recipe.needs)
 
 
 def grid(methods: Iterable[str], budgets: Sequence[str], usual: str = "") -> list[Cell]:

@@ -1,14 +1,15 @@
 """The snapshot as a value: padded heads and flat rows, statistics, and the whole; knows tensors, no files."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import FormatError
+from .errors import FormatError, UsageError
 from .kernels.take import take_rows
 from .meta import Meta
 
@@ -18,6 +19,23 @@ T = TypeVar("T")
 COLLECT = {"norms": ("resid_norm", "attn_in_norm"), "moments": ("mass_sq", "q_mean", "q_cov")}
 # What a stretch of the text can be, by the code in column 2 of `stat.segments` [S, 4]: begin, end, type, group.
 SEGMENTS = ("paragraph", "turn", "system", "frame", "scale")
+
+
+def collected(texts: Iterable[str], names: Iterable[str] = COLLECT) -> tuple[str, ...]:
+    """The names in lists with commas, each once; UsageError for one that is not among `names`."""
+    found = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",")))
+    for name in found:
+        if name not in (known := [*names]):
+            near = get_close_matches(name.lower(), known, n=3)
+            why = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+            raise UsageError(f"--collect {name}: no statistics are called so", why)
+    return found
+
+
+def collect_for(stats: Iterable[str]) -> tuple[str, ...]:
+    """The names of COLLECT under which some of these statistics are recorded."""
+    some = {*stats}
+    return tuple(name for name, parts in COLLECT.items() if some & {*parts})
 
 
 @dataclass(frozen=True)
@@ -167,6 +185,11 @@ class Stats:
         if self.attn_mass is None:
             raise ValueError("attn_mass is missing: name it in needs=")
         return self.attn_mass.gather(1, kv.pos.clamp(min=0).long())
+
+
+def usual(stats: Stats) -> Stats:
+    """Those that are recorded of every document, without what `--collect` adds."""
+    return replace(stats, **{part: None for parts in COLLECT.values() for part in parts})
 
 
 def finite(part: Tensor) -> bool:

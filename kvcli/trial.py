@@ -11,7 +11,7 @@ from .model.load import Model
 from .model.observe import CUT, prefill
 from .model.prefix import Prefix
 from .model.resume import check_model, expected, question
-from .snapshot import Snapshot
+from .snapshot import Snapshot, usual
 from .storage import Reader, outline_of, write_snapshot
 from .tasks.scores import SCORES, label
 from .tasks.task import Case, Question
@@ -27,6 +27,7 @@ class Reading:
     raw: bool = False  # without the chat template
     truncate: bool = False  # cut what is too long
     tokens: int | None = None  # most tokens of an answer, else as many as the task says
+    collect: tuple[str, ...] = ()  # what is recorded for the methods that are tried, names of COLLECT
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Exam:
 
     @property
     def file_bytes(self) -> int:
-        """Of the file that `prefill` writes."""
-        return outline_of(self.snapshot).file_bytes
+        """Of the file that `prefill` writes where nothing is collected for some method."""
+        return outline_of(replace(self.snapshot, stats=[usual(part) for part in self.snapshot.stats])).file_bytes
 
 
 def read_text(model: Model, case: Case, how: Reading, warn: Warn) -> Exam:
@@ -62,10 +63,10 @@ def read_text(model: Model, case: Case, how: Reading, warn: Warn) -> Exam:
 
     Raises UsageError for an empty or too short text, InfeasibleError for one that is longer than the model reads.
     """
-    ids, seq = texts.encoded(model.tokenizer, case.text, warn, raw=how.raw or case.raw)
-    ids = _fitted(model, case, ids, seq[:2], how, warn)
-    ids, behind = _held_out(case, ids, seq[0])
-    snapshot = prefill(model, ids, seq)
+    doc = texts.encoded(model.tokenizer, case.text, warn, raw=how.raw or case.raw)
+    ids = _fitted(model, case, doc.ids, doc.seq[:2], how, warn)
+    ids, behind = _held_out(case, ids, doc.seq[0])
+    snapshot = prefill(model, ids, doc.seq, collect=how.collect, segments=doc.segments_of(ids))
     return _exam(model, case, snapshot, behind, how)
 
 
@@ -92,7 +93,8 @@ def read_file(model: Model, case: Case, reader: Reader, how: Reading, warn: Warn
     snapshot, seq = reader.snapshot(), reader.meta.seq
     check_model(snapshot, model, warn=warn)
     if snapshot.meta.history:
-        snapshot = prefill(model, snapshot.ids.tolist(), (seq.lead, seq.tail, seq.chat))
+        ids, segments = snapshot.ids.tolist(), snapshot.extra.get("stat.segments")
+        snapshot = prefill(model, ids, (seq.lead, seq.tail, seq.chat), collect=how.collect, segments=segments)
     return _exam(model, case, snapshot, [], how)
 
 

@@ -19,6 +19,7 @@ from ..errors import KvError
 
 COMMANDS = (
     "prefill",
+    "score",
     "compress",
     "resume",
     "eval",
@@ -159,4 +160,4 @@ def _snapshot_to_stdout(args: list[str]) -> bool:
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         if match := re.match(r"--output=|--output$|-[fqv]*o", arg):
             output = arg[match.end() :] or following
-    return args[0] in ("prefill", "compress") and (output == "-" or (output is None and is_piped(sys.stdout)))
+    return args[0] in ("prefill", "score", "compress") and (output == "-" or (output is None and is_piped(sys.stdout)))

@@ -84,13 +84,16 @@ def _ready(
         phase("loading transformers")
         from ..bench import Bench
         from ..document import model_of, open_document
+        from ..recipe import collect_of
 
         how = {name: options[name] for name in ("device", "dtype")}
         model = model_of(given, options["model"], **how, tick=phase)
+        options["collect"] = collect_of(cells)
         works = dict(_works(ui, model, given, options))
         shared = options["runs"], options["seed"], options["raw"], works, options["known"]
         bench = Bench(model, cells, folder, *shared)
-        documents = [open_document(each, model, raw=options["raw"], warn=ui.warn) for each in given]
+        reading = {"raw": options["raw"], "collect": options["collect"], "warn": ui.warn}
+        documents = [open_document(each, model, **reading) for each in given]
         for document in documents:
             bench.check(document)
     return bench, documents

@@ -69,9 +69,10 @@ def command(docs: tuple[str, ...], **options: Any) -> None:
     with ui.phases() as phase:
         phase("loading torch and transformers")
         from ..evaluate import Grid
-        from ..recipe import grid
+        from ..recipe import collect_of, grid
 
         cells = grid(options["method"] or (METHODS,), options["budget"], BUDGETS)
+        options["collect"] = collect_of(cells)
         found = given(ui, docs, options, phase)
         plan = Grid(cells, options["seed"], options["known"])
     works = gather(ui, found, plan, options)

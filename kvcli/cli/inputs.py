@@ -153,7 +153,7 @@ def on_texts(
 def _reading(options: Options) -> "Reading":
     from ..trial import Reading
 
-    return Reading(options["raw"], options.get("truncate", False), options.get("tokens"))
+    return Reading(options["raw"], options.get("truncate", False), options.get("tokens"), options["collect"])
 
 
 def _work(ui: Ui, model: "Model", case: "Case", how: "Reading") -> "Work":

@@ -12,9 +12,21 @@ import click
 
 from ..errors import KvError, UsageError
 from . import streams
-from .ui import Ui, complain, current, model_options, output_options, peak_memory, size, uses_kernels
+from .ui import (
+    Ui,
+    collect_option,
+    complain,
+    current,
+    model_options,
+    output_options,
+    peak_memory,
+    segments_option,
+    size,
+    uses_kernels,
+)
 
 if TYPE_CHECKING:
+    from ..model.given import Document
     from ..model.load import Model
     from ..snapshot import Snapshot
     from ..storage import Reader
@@ -55,6 +67,8 @@ class Base:
     "--probe", metavar="TEXT", help="A likely question, run behind the document: compress keeps what it asks."
 )
 @click.option("--truncate", is_flag=True, help="Cut a document that is too long, leaving room for question and answer.")
+@collect_option("norms, moments")
+@segments_option
 @click.option("--chunk", type=click.IntRange(1), default=1024, show_default=True, help="Tokens read at a time.")
 @model_options
 @output_options
@@ -62,17 +76,24 @@ class Base:
 def command(docs: tuple[str, ...], output: str | None, force: bool, **options: Any) -> None:
     """Read documents once and keep the model's memory of each as one file.
 
+    A .json or .jsonl file of {"role", "content"} messages is read as a chat, unless --raw makes it a text.
+
     \b
     Examples:
       kvcli prefill report.txt
       kvcli prefill a.txt b.txt c.txt -o 'memory/{name}.kv.safetensors'
       kvcli prefill appendix.txt --onto report.kv.safetensors -o both.kv.safetensors
+      kvcli prefill report.txt --collect norms,moments -o report.kv.safetensors
       cat report.txt | kvcli prefill --raw -o report.kv.safetensors -
     """
     if not docs and not streams.is_piped(sys.stdin):
         raise UsageError("no document given", fix="kvcli prefill DOC, or pipe text in")
     ui, docs = current(), docs or ("-",)
     _check(docs, output, options)
+    if options["collect"]:
+        from ..snapshot import collected
+
+        options["collect"] = collected(options["collect"])
     found: dict[str, Any] = {}
     jobs = []
     for i, (doc, derived) in enumerate(zip(docs, _derived(docs, output), strict=True), 1):
@@ -101,6 +122,8 @@ def _check(docs: Sequence[str], output: str | None, options: dict[str, Any]) -> 
             raise UsageError("--raw with --onto", "the snapshot says whether the chat template is used", "leave it out")
     if options["probe"] is not None and not options["probe"].strip():
         raise UsageError("--probe is empty", fix="give it a question that is likely to be asked")
+    if options["segments"] is not None and len(docs) > 1:
+        raise UsageError("--segments takes one document", "its stretches are of one text", "prefill them apart")
     if len(docs) > 1 and NAME not in (output or NAME):
         raise UsageError("several documents cannot go to one output", fix="write {name} in it, or leave -o out")
     if len(docs) > 1 and not output and streams.is_piped(sys.stdout):
@@ -190,9 +213,20 @@ def _read(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> "tuple[Snaps
         told.append(text)
 
     onto = base.reader.snapshot() if base.reader else None
-    how = {name: options[name] for name in ("raw", "probe", "truncate", "chunk")}
+    how = {name: options[name] for name in ("raw", "probe", "truncate", "chunk", "collect", "segments")}
+    document = job.text if options["raw"] else _document(ui, job)
     with ui.progress(f"reading {job.label}") as tick:
-        snapshot = prefill(job.text, base.model, **how, onto=onto, warn=warn, tick=tick)
+        snapshot = prefill(document, base.model, **how, onto=onto, warn=warn, tick=tick)
     if base.reader:
         base.reader.verify()
     return snapshot, told
+
+
+def _document(ui: Ui, job: Job) -> "Document":
+    """The text, or the messages of the chat that it holds."""
+    from ..model.chat import messages
+
+    chat = messages(job.text) if job.doc.endswith((".json", ".jsonl")) else None
+    if chat:
+        ui.say(f"{job.doc} is read as a chat of {len(chat):,} messages")
+    return chat or job.text

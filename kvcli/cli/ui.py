@@ -135,6 +135,18 @@ def model_options(command: F) -> F:
     return command
 
 
+def collect_option(names: str) -> Callable[[F], F]:
+    """--collect of commands that record these statistics."""
+    help = f"Statistics that some methods need: {names}."
+    return click.option("--collect", multiple=True, metavar="NAME,...", help=help)
+
+
+def segments_option(command: F) -> F:
+    """--segments."""
+    help = 'Stretches of the text: lines of {"start", "end", "type", "group"}, in characters [its paragraphs].'
+    return click.option("--segments", metavar="FILE.jsonl", help=help)(command)
+
+
 def grid_options(methods: str, budgets: str) -> Callable[[F], F]:
     """--method, --budget, --raw and --seed of commands that compare; what is compared where nothing is asked for."""
     about: dict[str, Any] = {"help": f"What is compared [{methods}].", "shell_complete": complete_after("+,")}

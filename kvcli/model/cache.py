@@ -185,6 +185,14 @@ def need_own_attention(net: PreTrainedModel) -> None:
         )
 
 
+def check_shapes(layers: Sequence[Layer]) -> None:
+    """Raise InfeasibleError for a model whose layers are not of one shape."""
+    shapes = [f"keys {[*layer.keys.shape[::2]]} and values {[*layer.values.shape[::2]]}" for layer in layers]
+    if odd := next((i for i, shape in enumerate(shapes) if shape != shapes[0]), 0):
+        why = f"[heads, size] of a token: layer {odd} has {shapes[odd]}, layer 0 has {shapes[0]}"
+        raise InfeasibleError("the model's layers are not of one shape, as those of a snapshot are", why)
+
+
 def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cache:
     """A fresh cache on a shared prefix of `start` tokens, for the model's forward or generate.
 

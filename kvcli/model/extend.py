@@ -12,9 +12,11 @@ from ..layers import ids_hash
 from ..snapshot import Rows, Snapshot, append
 from .attend import Law
 from .cache import Layer, place, windows
+from .collect import collecting, known
 from .load import Model
 from .observe import CUT, read, rope_of
 from .observed import WINDOW, ObservedLayer
+from .segments import behind
 from .text import need_room
 
 
@@ -24,14 +26,15 @@ def extend(
     snapshot: Snapshot,
     ids: Sequence[int],
     *,
+    segments: Tensor | None = None,  # [S, 4] int32, of these tokens
     chunk: int = 1024,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Snapshot:
     """The snapshot with these tokens read behind it, as if document and tokens had been read in one go.
 
-    Statistics go on as far as they can: sums over all tokens (`attn_mass`, `value_norm`) are left out once entries have
-    been dropped or merged, `q_last` is renewed. Memory is the snapshot twice. Raises InfeasibleError for more tokens
-    than the model reads, KvError where a layer is not finite.
+    Statistics go on as far as they can: those of all tokens (`attn_mass`, `value_norm`, what --collect recorded) are
+    left out once entries have been dropped or merged, `q_last` is renewed. Memory is the snapshot twice. Raises
+    InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
     meta, tokens = snapshot.meta, torch.tensor(ids, dtype=torch.int32)
     if not len(tokens):
@@ -43,15 +46,18 @@ def extend(
         ObservedLayer(len(tokens), window, _placed(model, rows), start, stats)
         for rows, window, stats in zip(there.rows, windows(model.config), there.stats, strict=True)
     ]
-    hidden = read(model, layers, tokens, chunk, tick)
-    rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(there.rows, layers, strict=True)]
     every = torch.cat([snapshot.ids, tokens])
+    with collecting(model, layers, every, known(there.stats), meta.seq.lead):
+        hidden = read(model, layers, tokens, chunk, tick)
+    rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(there.rows, layers, strict=True)]
     seq = replace(meta.seq, tokens=len(every), next_pos=end, ids_hash=ids_hash(every))
     kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
     meta = replace(
         meta, seq=seq, layout=replace(meta.layout, kinds=kinds), encode="raw", rope=rope_of(model, every, layers)
     )
     extra = {**snapshot.lasting, "stat.final_hidden": hidden[-1].cpu()}
+    if segments is not None:
+        extra["stat.segments"] = behind(extra.get("stat.segments"), segments, start)
     return Snapshot(meta, every, rows, [layer.stats() for layer in layers], extra)
 
 

@@ -7,11 +7,12 @@ from torch import Tensor
 from transformers import Cache
 
 from ..device import blaming_card
-from ..errors import InfeasibleError, KvError
+from ..errors import KvError
 from ..layers import NAMES, ids_hash
 from ..meta import Json, Layout, Meta, Seq
 from ..snapshot import Snapshot, finite
-from .cache import Layer, named, need_own_attention, windows
+from .cache import Layer, check_shapes, named, need_own_attention, windows
+from .collect import collecting
 from .load import Model
 from .observed import ObservedLayer
 from .rope import frequencies
@@ -27,20 +28,26 @@ def prefill(
     ids: Sequence[int],
     seq: tuple[int, str, bool],
     *,
+    collect: Sequence[str] = (),
+    segments: Tensor | None = None,  # [S, 4] int32
     chunk: int = 1024,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Snapshot:
     """The model's memory of `ids` with all statistics; memory is the cache plus one chunk.
 
     seq: the lead and tail of `text.document_ids`, and whether the chat template was used.
+    collect: names of COLLECT, recorded as well as the model allows.
     Raises InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
     need_room(model.config, len(ids), f"the document has {len(ids):,} tokens", CUT)
     layers = [ObservedLayer(len(ids), window) for window in windows(model.config)]
     tokens = torch.tensor(ids, dtype=torch.int32)
-    hidden = read(model, layers, tokens, chunk, tick)
+    with collecting(model, layers, tokens, collect, seq[0]):
+        hidden = read(model, layers, tokens, chunk, tick)
     probe_k, probe_v = probe(model, tokens[:IDENTITY])
     extra = {"stat.final_hidden": hidden[-1].cpu(), "stat.probe_k": probe_k, "stat.probe_v": probe_v}
+    if segments is not None:
+        extra["stat.segments"] = segments
     rows, stats = [layer.rows() for layer in layers], [layer.stats() for layer in layers]
     return Snapshot(_meta(model, tokens, seq, layers), tokens, rows, stats, extra)
 
@@ -73,20 +80,13 @@ def read(
         part = ids[start : start + chunk].long()[None].to(net.device)
         out = net.base_model(input_ids=part, use_cache=True, **named(net.base_model, cache))
         hidden: Tensor = out.last_hidden_state[0]
-        _check_shapes(layers)
+        check_shapes(layers)
         tick(min(start + chunk, len(ids)), len(ids))
     bad = [f"layer {i}" for i, layer in enumerate(layers) if isinstance(layer, ObservedLayer) and not layer.finite]
     if bad or not finite(hidden):
         who = bad[0] if bad else "the model's last hidden state"
         raise KvError(f"NaN or infinity in {who}", f"computed in {net.dtype}", "try --dtype float32")
     return hidden
-
-
-def _check_shapes(layers: Sequence[Layer]) -> None:
-    shapes = [f"keys {[*layer.keys.shape[::2]]} and values {[*layer.values.shape[::2]]}" for layer in layers]
-    if odd := next((i for i, shape in enumerate(shapes) if shape != shapes[0]), 0):
-        why = f"[heads, size] of a token: layer {odd} has {shapes[odd]}, layer 0 has {shapes[0]}"
-        raise InfeasibleError("the model's layers are not of one shape, as those of a snapshot are", why)
 
 
 def _meta(model: Model, ids: Tensor, seq: tuple[int, str, bool], layers: Sequence[ObservedLayer]) -> Meta:

@@ -9,7 +9,7 @@ from torch.linalg import vector_norm
 from transformers import Cache
 
 from ..kernels.rope import rotate
-from .cache import Layer, named, windows
+from .cache import Layer, check_shapes, named, windows
 from .identity import NEAR, NEAR_16_BIT
 
 BUFFERS = ("full_attention_inv_freq", "inv_freq")  # of a model whose sliding layers turn differently, and of others
@@ -41,4 +41,5 @@ def _keys(net: Any, held: Sequence[int], token: Tensor, at: int) -> Tensor:  # [
     layers = [Layer(room=1, window=window) for window in windows(net.config.get_text_config())]
     where = {"input_ids": token.long()[None].to(net.device), "position_ids": torch.tensor([[at]], device=net.device)}
     net.base_model(**where, use_cache=True, **named(net.base_model, Cache(layers=layers)))
+    check_shapes(layers)
     return torch.stack([layers[i].keys[:, 0].float() for i in held])

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import InfeasibleError, UsageError
+from .segments import Span, in_tokens, paragraphs
 
 SENTINEL = "kvcli0document0here"
+CLOSING = 4  # tokens at most of the newline that closes a document
 ROOM = 512  # tokens left for question and answer when a document is cut, an eighth of a small context at most
 
 
@@ -18,19 +23,22 @@ def template(tokenizer: Any, chat: bool) -> tuple[str, str]:
     """
     if not (chat and tokenizer.chat_template):
         return "", "\n"
-    head, tail = _around(tokenizer, ["user"])
+    head, tail = around(tokenizer, ["user"])
     return head, tail
 
 
 def closing_ids(tokenizer: Any, chat: bool) -> list[int]:
     """Ids of the text between an answer and the next question; raises InfeasibleError as `template` does."""
     if not (chat and tokenizer.chat_template):
-        return _plain(tokenizer, "\n")
-    return _parsed(tokenizer, _around(tokenizer, ["user", "assistant", "user"])[2])
+        return plain_ids(tokenizer, "\n")
+    return parsed_ids(tokenizer, around(tokenizer, ["user", "assistant", "user"])[2])
 
 
-def _around(tokenizer: Any, roles: list[str]) -> list[str]:
-    """What the chat template writes before, between and behind turns of these roles."""
+def around(tokenizer: Any, roles: list[str]) -> list[str]:
+    """What the chat template writes before, between and behind turns of these roles.
+
+    Raises InfeasibleError for a template that does not take them, or that changes what they say.
+    """
     from jinja2 import TemplateError
 
     turns = [{"role": role, "content": SENTINEL} for role in roles]
@@ -58,23 +66,35 @@ def document_ids(tokenizer: Any, text: str, chat: bool) -> tuple[list[int], int,
 def opening_ids(tokenizer: Any, chat: bool) -> tuple[list[int], str]:
     """Ids before the document, and the text that closes a question."""
     head, tail = template(tokenizer, chat)
-    return _parsed(tokenizer, head) if head else _opening(tokenizer), tail
+    return parsed_ids(tokenizer, head) if head else _opening(tokenizer), tail
 
 
 def appended_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a document alone, stripped at its right end and closed by a newline; raises UsageError if it is empty."""
+    return _document(tokenizer, text)[0]
+
+
+def _document(tokenizer: Any, text: str) -> tuple[list[int], list[int] | None]:
+    """The same, and of each token the last of its characters, where the tokenizer says so."""
     text = text.rstrip()
     if not text:
         raise UsageError("the document is empty, or nothing but white space")
-    if ids := _plain(tokenizer, text + "\n"):
-        return ids
-    raise InfeasibleError("the model's tokenizer has no token for anything in the document")
+    if not tokenizer.is_fast:
+        ids, last = plain_ids(tokenizer, text + "\n"), None
+    else:
+        with _blaming():
+            how = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            coded = tokenizer(text + "\n", return_offsets_mapping=True, **how)
+        ids, last = coded["input_ids"], [max(start, end - 1) for start, end in coded["offset_mapping"]]
+    if not ids:
+        raise InfeasibleError("the model's tokenizer has no token for anything in the document")
+    return ids, last
 
 
 def lost(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
     """What the tokenizer could not put into the document's `ids`, in words; empty when every character is there."""
     unknown = tokenizer.unk_token_id
-    coded = ((char, _plain(tokenizer, char)) for char in sorted(set(text)) if not char.isspace())
+    coded = ((char, plain_ids(tokenizer, char)) for char in sorted(set(text)) if not char.isspace())
     missing = [char for char, own in coded if not own or unknown in own]
     count = list(ids).count(unknown)
     if not (missing or count):
@@ -84,21 +104,49 @@ def lost(tokenizer: Any, text: str, ids: Sequence[int]) -> str:
     return f"the tokenizer has no token for some of the text{which}: {instead}"
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A document as ids, with those of the template."""
+
+    ids: list[int]
+    seq: tuple[int, str, bool]  # lead, tail, and whether the chat template is used, as `observe.prefill` takes them
+    segments: Tensor | None = None  # [S, 4] int32 stretches of the text; None where they are not known
+
+    def segments_of(self, ids: Sequence[int]) -> Tensor | None:  # -> [S, 4] int32
+        """The stretches of the first of these ids, which a newline may close; None for any other part of them."""
+        pairs = zip(ids, self.ids, strict=False)
+        same = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(self.ids)))
+        if self.segments is None or len(ids) - same > CLOSING:
+            return None
+        kept = self.segments[self.segments[:, 0] < len(ids)].clone()
+        kept[:, 1].clamp_(max=len(ids))
+        return kept
+
+
 def encoded(
-    tokenizer: Any, text: str, warn: Callable[[str], None], *, raw: bool = False, appended: bool = False
-) -> tuple[list[int], tuple[int, str, bool]]:
-    """Ids of a document and the `seq` that `observe.prefill` takes; `warn` is told what the model will not see.
+    tokenizer: Any,
+    text: str,
+    warn: Callable[[str], None],
+    *,
+    raw: bool = False,
+    appended: bool = False,
+    spans: Sequence[Span] | None = None,
+) -> Encoded:
+    """A document as ids; `warn` is told what the model will not see.
 
     raw: without the chat template. appended: behind what was read before, so that nothing opens it.
+    spans: stretches of the text, by default its paragraphs.
     """
-    lead, tail, chat = 0, "\n", not raw and bool(tokenizer.chat_template)
-    if appended:
-        ids = appended_ids(tokenizer, text)
-    else:
-        ids, lead, tail = document_ids(tokenizer, text, chat)
-    if missing := lost(tokenizer, text, ids[lead:]):
+    ids, last = _document(tokenizer, text)
+    if missing := lost(tokenizer, text, ids):
         warn(missing)
-    return ids, (lead, tail, chat)
+    chat = not raw and bool(tokenizer.chat_template)
+    lead, tail = ([], "\n") if appended else opening_ids(tokenizer, chat)
+    if spans is not None and last is None:
+        raise InfeasibleError("stretches of the text cannot be told", "the model's tokenizer does not count characters")
+    where = paragraphs(text.rstrip() + "\n") if spans is None else spans
+    segments = None if last is None else in_tokens(where, last, len(lead))
+    return Encoded([*lead, *ids], (len(lead), tail, chat), segments)
 
 
 def truncate(tokenizer: Any, ids: Sequence[int], room: int, lead: int) -> tuple[list[int], list[int]]:
@@ -108,7 +156,7 @@ def truncate(tokenizer: Any, ids: Sequence[int], room: int, lead: int) -> tuple[
     """
     if len(ids) <= room:
         return list(ids), []
-    close = _plain(tokenizer, "\n")
+    close = plain_ids(tokenizer, "\n")
     kept = room - len(close)
     if kept <= lead:
         raise InfeasibleError("the model's context has no room left for the document")
@@ -123,7 +171,7 @@ def readable(config: Any) -> int:
 
 def question_ids(tokenizer: Any, prompt: str, prefix: str, tail: str) -> list[int]:
     """Ids of a question, of the text that closes it, and of the words its answer is to start with."""
-    return _plain(tokenizer, prompt) + _parsed(tokenizer, tail) + _plain(tokenizer, prefix)
+    return plain_ids(tokenizer, prompt) + parsed_ids(tokenizer, tail) + plain_ids(tokenizer, prefix)
 
 
 def context_length(config: Any) -> int:
@@ -165,18 +213,18 @@ def too_long(config: Any, what: str, fix: str) -> InfeasibleError:
 def stop_ids(net: Any, tokenizer: Any, tail: str) -> list[int]:
     """Tokens that end an answer: those of the generation config and the tokenizer, and the one that ends a turn."""
     ends = net.generation_config.eos_token_id
-    turn = [token for token in _parsed(tokenizer, tail)[:1] if token in tokenizer.all_special_ids]
+    turn = [token for token in parsed_ids(tokenizer, tail)[:1] if token in tokenizer.all_special_ids]
     found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, *turn}
     return sorted(found - {None})
 
 
-def _parsed(tokenizer: Any, text: str) -> list[int]:
+def parsed_ids(tokenizer: Any, text: str) -> list[int]:
     """Text of a template, in which special tokens mean what they say."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
     return ids
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Text of a user, in which the names of special tokens are only text."""
     with _blaming():
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
