@@ -17,8 +17,8 @@ from kvcli.registry import Ask, named, stages
 from kvcli.snapshot import LayerKV, Stats
 
 SCORES = sorted({stage.name for stage in stages() if stage.kind == "score"})
-SHARES = sorted({stage.name for stage in stages() if stage.kind == "allocate"})
-RECIPES = [*SCORES, *(f"snapkv+allocate={name}" for name in SHARES), "kvmerger+adakv", "kvmerger:values=mean"]
+RECIPES = [*SCORES, "kvmerger+adakv", "kvmerger:values=mean"]
+RECIPES += [f"{stage.after or 'snapkv'}+allocate={stage.name}" for stage in stages() if stage.kind == "allocate"]
 RECIPES += [
     "kvmerger+global",
     "kvmerger:keys=pivot",

@@ -2,15 +2,21 @@
 
 METHODS = (
     "adakv",
+    "cake",
+    "critical",
     "evict",
     "global",
     "h2o",
     "keydiff",
     "knorm",
     "kvmerger",
+    "lagkv",
+    "pyramidkv",
     "random",
     "raw",
     "snapkv",
     "streamingllm",
+    "tova",
     "uniform",
+    "zipvl",
 )
