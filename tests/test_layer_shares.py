@@ -172,6 +172,9 @@ def test_zipvl_keeps_its_order_within_what_must_stay_and_what_is_held() -> None:
     layers = [holding(3, 2, remaining(L0)), holding(1, 2, remaining(L1))]
     assert shares(zipvl_share(layers, 5, ask(2, 5))) == [3, 2]
     assert shares(zipvl_share(layers, 7, ask(3, 5))) == [4, 3]
+    rest = torch.tensor([[1, 0.3, 0.1, 0.05, 0.02], [1, 0.9, 0.8, 0.7, 0.6], [1, 0.29, 0.28, 0.27, 0.26]])
+    layers = [holding(must, 5 - must, part) for must, part in zip((5, 0, 0), rest, strict=True)]
+    assert shares(zipvl_share(layers, 12, ask(4, 5))) == [5, 5, 2]  # what the first needs is the last one's to give
 
 
 def test_zipvl_of_even_attention_and_of_nothing() -> None:

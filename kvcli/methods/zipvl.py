@@ -36,8 +36,8 @@ def remaining(mass: Tensor) -> Tensor:  # [N] -> [N] float32
 
 
 def needed(rest: Tensor, tau: float) -> int:  # [N]
-    """The fewest that hold the share `tau`: as long as more than 1 - tau is left, one more."""
-    return int((rest > (1 - tau) * (1 + 1e-6)).sum())
+    """The fewest that hold the share `tau`: as long as more than 1 - tau is left, in float32, one more."""
+    return int((rest > 1 - tau).sum())
 
 
 @allocate(source=SOURCE, after="zipvl")
