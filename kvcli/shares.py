@@ -21,13 +21,17 @@ def by_layer(want: Tensor, scored: Sequence[Scored], n: int) -> list[Tensor]:  #
     Heads of a layer get equal counts, unless that is impossible since they need or hold different numbers.
     Raises InfeasibleError as `share_out` does.
     """
-    low, high = torch.stack([part.low for part in scored]).cpu(), torch.stack([part.high for part in scored]).cpu()
-    L, H = low.shape
-    least, most = low.amax(1), high.amin(1)
+    H, (least, most) = len(scored[0].score), bounds(scored)
     if n % H == 0 and int(least.sum()) <= n // H <= int(most.sum()) and bool((least <= most).all()):
         return list(share_out(want, n // H, least, most)[:, None].repeat(1, H))
-    every = share_out(want.repeat_interleave(H), n, low.flatten(), high.flatten())
-    return list(every.view(L, H))
+    low, high = torch.cat([part.low for part in scored]), torch.cat([part.high for part in scored])
+    return list(share_out(want.repeat_interleave(H), n, low, high).view(len(scored), H))
+
+
+def bounds(scored: Sequence[Scored]) -> tuple[Tensor, Tensor]:  # -> [L] int64, [L] int64
+    """The fewest and the most entries that all heads of a layer can hold alike; on the CPU."""
+    low, high = torch.stack([part.low for part in scored]), torch.stack([part.high for part in scored])
+    return low.amax(1).cpu(), high.amin(1).cpu()
 
 
 def proportional(weight: Tensor, total: float, most: Tensor) -> Tensor:  # [X] >= 0, [X] -> [X] float64

@@ -2,6 +2,8 @@
 
 METHODS = (
     "adakv",
+    "cake",
+    "critical",
     "defensivekv",
     "evict",
     "global",
@@ -10,11 +12,15 @@ METHODS = (
     "keydiff",
     "knorm",
     "kvmerger",
+    "lagkv",
     "layer-defensivekv",
+    "pyramidkv",
     "random",
     "raw",
     "snapkv",
     "streamingllm",
     "taskkv",
+    "tova",
     "uniform",
+    "zipvl",
 )
