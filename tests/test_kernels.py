@@ -173,6 +173,17 @@ def naive_merge_runs(
     return [new_k, new_v, start.sum(1), pivot, size]
 
 
+def naive_nearest_key(k: Tensor, dropped: Tensor, kept: Tensor) -> Results:
+    at, cosine = torch.full_like(dropped, -1), torch.zeros(dropped.shape).double()
+    for h in range(len(k)):
+        units = torch.nn.functional.normalize(k[h, kept[h][kept[h] >= 0]], dim=-1)
+        for m, e in enumerate(dropped[h].tolist()):
+            if e >= 0 and len(units):
+                found = units @ torch.nn.functional.normalize(k[h, e], dim=0)
+                at[h, m], cosine[h, m] = found.argmax(), found.max()
+    return [at, cosine]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_the_reference_is_the_definition(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:

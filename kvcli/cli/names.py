@@ -2,15 +2,19 @@
 
 METHODS = (
     "adakv",
+    "cam",
+    "d2o",
     "evict",
     "global",
     "h2o",
     "keydiff",
     "knorm",
     "kvmerger",
+    "lookm",
     "random",
     "raw",
     "snapkv",
     "streamingllm",
     "uniform",
+    "weightedkv",
 )
