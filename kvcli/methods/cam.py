@@ -13,7 +13,7 @@ from ..registry import Ask, Scored, Source, reduce
 from ..snapshot import LayerKV, Stats, gather
 
 SOURCE = Source("ICML 2024, PMLR 235:58840", 2024, checked="worked examples")
-LOT = 1 << 40  # draws of its own: a score that is drawn for the same seed says nothing about them
+LOT = 1 << 15  # beyond any layer: draws of its own, which the score `random` of the same seed says nothing about
 
 
 @reduce(needs=("attn_mass",), source=SOURCE)

@@ -84,13 +84,19 @@ def d2o(
     `heavy` of a head's entries have the best scores, the others are the newest. merge=code weighs by cosines, whose
     sum is not made up to 1; paper by their exponentials, and the receiver by `eps`. `filter` says whose mean.
     """
-    newest = torch.minimum(count - (heavy * count).long(), count - ask.sink)
-    ahead = kv.lens[:, None] - torch.arange(kv.pos.shape[1], device=kv.pos.device)  # 1 for the newest
-    stays = (ahead >= 1) & (ahead <= newest[:, None])
-    to, cosine = receive(kv, replace(scored, score=scored.score.masked_fill(stays, torch.inf)), count)
+    to, cosine = receive(kv, _with_newest(kv, scored, count, heavy), count)
     to = alike(to, cosine, filter)
     weight, own, total = cosine, torch.ones_like(to.size), 1 + to.size
     if merge == "paper":
         weight, own = cosine.exp(), torch.full_like(to.size, eps)
         total = own + to.total(weight)
     return fold(kv, to, weight, own, total), to.kept
+
+
+def _with_newest(kv: LayerKV, scored: Scored, count: Tensor, heavy: float) -> Scored:
+    """The newest of each head must stay too, as far as there is room beside what must anyway."""
+    newest, must = count - (heavy * count).long(), scored.score.isposinf()
+    older = kv.lens[:, None] - 1 - torch.arange(kv.pos.shape[1], device=kv.pos.device)  # 0 for the newest
+    more = kv.real & (older < newest[:, None]) & ~must
+    more &= more.flip(1).cumsum(1).flip(1) <= (count - must.sum(1))[:, None]
+    return replace(scored, score=scored.score.masked_fill(more, torch.inf))
