@@ -82,7 +82,8 @@ def d2o(
     """What goes is merged into the most similar entry that stays, if it is no less alike than the mean.
 
     `heavy` of a head's entries have the best scores, the others are the newest. merge=code weighs by cosines, whose
-    sum is not made up to 1; paper by their exponentials, and the receiver by `eps`. `filter` says whose mean.
+    sum is not made up to 1; paper by their exponentials, and the receiver by `eps`. `filter` says whose mean. All that
+    goes is compared with all that stays: the time grows with the square of the length.
     """
     to, cosine = receive(kv, _with_newest(kv, scored, count, heavy), count)
     to = alike(to, cosine, filter)

@@ -33,6 +33,7 @@ def lookm(
     """What goes is averaged into the most similar entry that stays, in halves (pivotal), whole, or by its cosine.
 
     `weighted` takes up only what is no less alike than the mean of its head, and does not make up for weights below 1.
+    All that goes is compared with all that stays: the time grows with the square of the length.
     """
     to, cosine = receive(kv, scored, count)
     if merge == "weighted":
