@@ -3,7 +3,9 @@
 METHODS = (
     "adakv",
     "cake",
+    "cam",
     "critical",
+    "d2o",
     "defensivekv",
     "evict",
     "global",
@@ -14,6 +16,7 @@ METHODS = (
     "kvmerger",
     "lagkv",
     "layer-defensivekv",
+    "lookm",
     "pyramidkv",
     "random",
     "raw",
@@ -22,5 +25,6 @@ METHODS = (
     "taskkv",
     "tova",
     "uniform",
+    "weightedkv",
     "zipvl",
 )
