@@ -123,6 +123,25 @@ def peer_about(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def kept_table(path: Path = ROOT / "samples/kept.jsonl") -> str:
+    """What kvpress and kvcli keep of the same cache, as `make peer` compared them."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["cache"], row["recipe"], row["press"], row["why"]), []).append(row)
+    budgets = [f"{row['budget']:.0%}" for row in next(iter(groups.values()), [])]
+    lines = [f"| cache | kvcli | kvpress | {' | '.join(budgets)} | why not all |", "| --- " * (4 + len(budgets)) + "|"]
+    for (cache, recipe, press, why), some in groups.items():
+        press += f", {' / '.join(_options(row['options']) for row in some)}" if some[0]["options"] else ""
+        cells = [cache, f"`{recipe}`", press, *(f"{row['agree']:.2%} ({row['same']:.2%})" for row in some), why]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _options(options: dict[str, float]) -> str:
+    return ", ".join(f"{name}={value:.4g}" for name, value in options.items())
+
+
 def ratio_table() -> str:
     rows = ["| what | ratio | aim |", "| --- | --- | --- |"]
     rows += [f"| {row['what']} | {row['ratio']:.2f} | {row['aim']} |" for row in bench_rows("ratio")]
@@ -166,6 +185,7 @@ PARTS = {
     "commands": commands_text,
     **{kind: partial(eval_table, kind) for kind in EVALS},
     "peer": peer_table,
+    "kept": kept_table,
     "ratios": ratio_table,
     "kernels": kernels_table,
 }

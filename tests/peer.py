@@ -3,7 +3,7 @@
 `python peer.py JOB.json` prints a line with versions, then one for each document, press and budget. The job holds token
 ids, so that both sides read exactly the same: {"model": folder, "dtype", "stops": [ids that end an answer], "budgets",
 "presses", "cases": [{"name", "ids", "questions": [{"ids", "n"}]}]}. With "kept" in the job a line says which positions
-a press keeps, [layer][head], instead of what the model then answers.
+a press, here [name, budget, options], keeps in each [layer][head], instead of what the model then answers.
 """
 
 import hashlib
@@ -64,12 +64,14 @@ class Held:
         return sum(part.nbytes for layer in self.cache.layers for part in (layer.keys, layer.values))
 
 
-def make_press(name: str, keep: float) -> Any:
+def make_press(name: str, keep: float, **options: Any) -> Any:
+    """The press; options are those of the class that is wrapped around, or that is alone."""
     kvpress = import_module("kvpress")
     *outer, inner = PRESSES[name]
-    press = getattr(kvpress, inner)(compression_ratio=1 - keep, **OPTIONS.get(name, {}))
+    own = {} if outer else options
+    press = getattr(kvpress, inner)(compression_ratio=1 - keep, **OPTIONS.get(name, {}), **own)
     for wrap in reversed(outer):
-        press = getattr(kvpress, wrap)(press)
+        press = getattr(kvpress, wrap)(press, **options)
     return press
 
 
@@ -170,15 +172,15 @@ def kept(net: Any, job: dict[str, Any], case: dict[str, Any]) -> Iterator[dict[s
     """What each press keeps at each budget, found by looking up its keys among those of the full cache."""
     full = read(net, case["ids"])
     where = [[lookup(head) for head in layer.keys[0]] for layer in full.cache.layers]
-    for press, keep in product(job["presses"], job["budgets"]):
-        held, found = read(net, case["ids"], make_press(press, keep)), []
+    for press, keep, options in job["presses"]:
+        held, found = read(net, case["ids"], make_press(press, keep, **options)), []
         modules = [layer.self_attn for layer in net.base_model.layers]
         for module, layer, tables in zip(modules, held.cache.layers, where, strict=True):
             hidden = module.__dict__.get("masked_key_indices")
             gone = {*zip(*(part.tolist() for part in hidden[1:]), strict=True)} if hidden else set()
             rows = [[table[row] for row in names(head)] for table, head in zip(tables, layer.keys[0], strict=True)]
             found.append([[j for j in sorted(head) if (h, j) not in gone] for h, head in enumerate(rows)])
-        yield {"case": case["name"], "method": press, "budget": keep, "kept": found}
+        yield {"method": press, "budget": keep, "options": options, "kept": found}
 
 
 def names(keys: Tensor) -> list[bytes]:  # [T, D]

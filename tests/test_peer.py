@@ -109,7 +109,7 @@ def test_both_sides_measure_the_same(model: Model, net: Any, job: dict[str, Any]
 
 def test_what_a_press_keeps_is_found_by_its_keys(net: Any, job: dict[str, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr(peer, "make_press", lambda name, keep: Keep(torch.tensor([7, 2, 11])))
-    (row, *_) = peer.kept(net, {**job, "presses": ["knorm"]}, job["cases"][0])
+    (row, *_) = peer.kept(net, {**job, "presses": [["knorm", 0.3, {}]]}, job["cases"][0])
     assert row["kept"] == [[[2, 7, 11]] * 2] * 2
     masked = net.base_model.layers[1].self_attn.__dict__
     read = peer.read
@@ -120,7 +120,7 @@ def test_what_a_press_keeps_is_found_by_its_keys(net: Any, job: dict[str, Any], 
         return held
 
     monkeypatch.setattr(peer, "read", hiding)
-    (row, *_) = peer.kept(net, {**job, "presses": ["knorm"]}, job["cases"][0])
+    (row, *_) = peer.kept(net, {**job, "presses": [["knorm", 0.3, {}]]}, job["cases"][0])
     assert row["kept"] == [[[2, 7, 11]] * 2, [[2, 11], [7, 11]]]
 
 
@@ -223,7 +223,7 @@ def test_the_same_method_of_both_sides_stands_together() -> None:
     beneath = {(a["method"], b["method"]) for a, b in pairwise(found) if (a["by"], b["by"]) == ("kvcli", "kvpress")}
     assert {pair for pair in beside.PAIRS if all(pair)} <= beneath
     assert {name for _, name in beside.PAIRS[1:] if name} <= set(peer.PRESSES)
-    assert {press for press, _ in kept_entries.PAIRS.values()} <= set(peer.PRESSES)
+    assert {pair.press for pair in kept_entries.PAIRS} <= set(peer.PRESSES)
 
 
 def test_the_table_has_a_line_for_every_row(tmp_path: Path, model: Model) -> None:

@@ -10,7 +10,7 @@ from ..options import Share
 from ..registry import Ask, Scored, Source, allocate
 from ..shares import evenly
 
-SOURCE = Source("arXiv:2407.11550", 2024, question=True, checked="worked examples")
+SOURCE = Source("arXiv:2407.11550", 2024, question=True, checked="worked examples, kvpress")
 
 
 @allocate(source=SOURCE)

@@ -7,9 +7,9 @@ import torch
 from ..options import AtLeast1, Odd
 from ..registry import Ask, Scored, Source, score
 from ..snapshot import LayerKV, Stats, top_mask
-from ..window import pooled
+from ..window import last_queries, pooled
 
-SOURCE = Source("arXiv:2502.03805", 2025, question=True, checked="worked examples")
+SOURCE = Source("arXiv:2502.03805", 2025, question=True, checked="worked examples, kvpress")
 
 
 @score(needs=("q_last", "value_norm"), source=SOURCE, by_budget=True)
@@ -22,7 +22,7 @@ def critical(
     """
     if stats.value_norm is None:
         raise ValueError("value_norm is missing: name it in needs=")
-    seen = pooled(kv, stats, ask, window, kernel, pool)
+    seen = pooled(kv, stats, ask, window, kernel, pool) / len(last_queries(stats, window)[1])  # mean over queries
     half = min(ask.B // 2, ask.B - ask.sink - ask.recent)
     first = top_mask(seen.masked_fill(~kv.real, -torch.inf), kv.lens.clamp(max=half))
     norm = stats.value_norm.gather(1, kv.pos.clamp(min=0).long())

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 from ..registry import Ask, Scored, Source, score
 from ..snapshot import LayerKV, Stats
 
-SOURCE = Source("arXiv:2504.15364", 2025, checked="worked examples")
+SOURCE = Source("arXiv:2504.15364", 2025, checked="worked examples, kvpress")
 
 
 @score(source=SOURCE)

@@ -5,7 +5,7 @@ import torch
 from ..registry import Ask, Scored, Source, score
 from ..snapshot import LayerKV, Stats
 
-SOURCE = Source("arXiv:2406.11430", 2024, checked="worked examples")
+SOURCE = Source("arXiv:2406.11430", 2024, checked="worked examples, kvpress")
 
 
 @score(source=SOURCE)

@@ -7,7 +7,7 @@ from ..options import AtLeast1
 from ..registry import Ask, Scored, Source, score
 from ..snapshot import LayerKV, Stats
 
-SOURCE = Source("arXiv:2504.04704", 2025, question=False, checked="worked examples")
+SOURCE = Source("arXiv:2504.04704", 2025, question=False, checked="worked examples, kvpress")
 
 
 @score(source=SOURCE, by_budget=True)

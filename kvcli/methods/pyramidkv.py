@@ -12,7 +12,7 @@ from ..shares import bounds, by_layer
 from ..snapshot import LayerKV, Stats
 from ..window import pooled
 
-SOURCE = Source("arXiv:2406.02069", 2024, question=True, checked="worked examples")
+SOURCE = Source("arXiv:2406.02069", 2024, question=True, checked="worked examples, kvpress")
 
 
 @score(needs=("q_last",), source=SOURCE)

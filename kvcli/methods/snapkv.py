@@ -7,7 +7,7 @@ from ..registry import Ask, Scored, Source, score
 from ..snapshot import LayerKV, Stats
 from ..window import pooled
 
-SOURCE = Source("arXiv:2404.14469", 2024, question=True, checked="worked examples")
+SOURCE = Source("arXiv:2404.14469", 2024, question=True, checked="worked examples, kvpress")
 
 
 @score(needs=("q_last",), source=SOURCE)

@@ -3,7 +3,7 @@
 from ..registry import Ask, Scored, Source, score
 from ..snapshot import LayerKV, Stats
 
-SOURCE = Source("arXiv:2309.17453", 2023, question=True, checked="worked examples")
+SOURCE = Source("arXiv:2309.17453", 2023, question=True, checked="worked examples, kvpress")
 
 
 @score(source=SOURCE)

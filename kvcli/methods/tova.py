@@ -7,7 +7,7 @@ from ..registry import Ask, Scored, Source, score
 from ..snapshot import LayerKV, Stats
 from ..window import over_heads, received
 
-SOURCE = Source("arXiv:2401.06104", 2024, question=True, checked="worked examples")
+SOURCE = Source("arXiv:2401.06104", 2024, question=True, checked="worked examples, kvpress")
 
 
 @score(needs=("q_last",), source=SOURCE)
