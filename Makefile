@@ -41,4 +41,5 @@ bench: setup
 
 # PEER is the python of an environment of its own that has kvpress.
 peer: setup
+	$(BIN)/python tests/kept.py $(PEER)
 	$(BIN)/python tests/beside.py $(PEER)

@@ -6,6 +6,7 @@ from .banded import banded_attention
 from .dense import dense_attention
 from .error import output_error
 from .mass import attention_mass
+from .nearest import nearest_key
 from .op import Op
 from .runs import merge_runs
 from .take import take_rows
@@ -18,6 +19,7 @@ OPS: tuple[Op, ...] = (
     causal_attention,
     dense_attention,
     merge_runs,
+    nearest_key,
     output_error,
     ragged_attention,
     take_rows,

@@ -1,20 +1,15 @@
 """Bench: recipes, budgets and documents become rows of bytes, seconds, memory and errors; knows no command line."""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from . import tally
 from .document import Document, naming
 from .errors import KvError, StorageError
-from .evaluate import FULL, Grid, Name, Work, digest, evaluate, named
+from .evaluate import FULL, Grid, Name, Unit, Work, digest, evaluate, named
 from .header import summary
 from .ledger import Row
 from .model.answer import Sampling, answer
@@ -22,18 +17,18 @@ from .model.load import Model
 from .model.prefix import Prefix, check_room
 from .model.resume import question
 from .model.text import question_ids
+from .process import Facts, compressed, compressing, medians
 from .recipe import Cell
 from .spool import header_of
 from .stamp import STAMP, stamp
 from .storage import Reader
+from .trial import keeping
 
 SCHEMA = "kvcli.bench/1"
 PROMPT, ANSWER = "What is this document about?", Sampling(n=32, endless=True)
 SCORE = ("value", "stderr", "n", "recovery")
 SIZES = ("entries", "of", "keep", "kv_bytes", "file_bytes")
 PASSING = (KvError.exit_code, StorageError.exit_code)  # out of memory, no space: next time it may go
-
-Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,7 @@ class Bench:
     seed: int = 0
     raw: bool = False  # texts, of documents and of tasks, are read without the model's chat template
     works: Mapping[str, Sequence[Work]] = field(default_factory=dict)  # by document, what the tasks on it measure
+    known: bool = False  # tasks compress for each question anew, with the question known
 
     @property
     def config(self) -> Facts:
@@ -60,7 +56,14 @@ class Bench:
     def _about_all(self) -> Facts:
         who = self.model.identity
         model = {"model": self.model.id, "weights": who["weights"], "dtype": who["dtype"]}
-        return {**model, "seed": self.seed, "runs": self.runs, "raw": self.raw, **stamp(self.model.device)}
+        return {
+            **model,
+            "seed": self.seed,
+            "runs": self.runs,
+            "raw": self.raw,
+            "known": self.known,
+            **stamp(self.model.device),
+        }
 
     def check(self, document: Document) -> None:
         """Raise InfeasibleError where the model's context has no room for the question."""
@@ -89,8 +92,8 @@ class Bench:
                     full = document.full(self.folder)
                     self._ask(full)  # the first of all takes longer, and is not counted
                     tick(f"tasks on {document.name}")
-                    cells = [cell for cell, row in zip(self.cells, old[1:], strict=True) if row is None]
-                    scores = self._scores(document, cells)
+                    left = [cell for cell, row in zip(self.cells, old[1:], strict=True) if row is None]
+                    scores = self._scorer(document, left)
             except KvError as error:
                 yield {**plan[0], "error": error.facts()}, True
                 continue
@@ -99,7 +102,7 @@ class Bench:
                     yield {**row, "document": document.name}, False
                 else:
                     tick(title(about))
-                    yield {**about, **self._measured(full, cell), **scores.get(named_cell(cell), {})}, True
+                    yield {**about, **self._measured(full, cell), **scores(cell)}, True
 
     def _about(self, document: Document, cell: Cell | None) -> Row:
         """What a row is about: rows that agree in all but the name of the document measure the same."""
@@ -116,17 +119,26 @@ class Bench:
             **self._about_all,
         }
 
-    def _scores(self, document: Document, cells: Sequence[Cell]) -> dict[Name, Facts]:
-        """By method and budget, the `metrics` of the tasks, and the `error` of the first that failed."""
-        units = list(evaluate(self.model, self.works.get(document.name, ()), Grid(cells, self.seed)))
-        found: dict[Name, Facts] = {}
-        for row in tally.rows(units):
-            metrics = found.setdefault((row["method"], row["budget"] or ""), {}).setdefault("metrics", {})
-            metrics[f"{row['task']} {row['metric']}"] = {name: row[name] for name in SCORE}
-        for unit in reversed(units):
-            if unit.error:
-                found.setdefault(unit.key[2:], {})["error"] = unit.error.facts()
-        return found
+    def _scorer(self, document: Document, left: Sequence[Cell]) -> Callable[[Cell | None], Facts]:
+        """What the tasks find under a cell, measured with all that are `left` of its recipe when one is asked for.
+
+        So an interruption loses one recipe. The tasks' documents are read once for all of them.
+        """
+        works = [
+            replace(work, read=keeping(work.read, self.model, self.folder / f"{i}.exam"))
+            for i, work in enumerate(self.works.get(document.name, ()))
+        ]
+        anchors = list(evaluate(self.model, works, Grid(seed=self.seed, known=self.known)))
+        found = _scores(anchors)
+
+        def scores(cell: Cell | None) -> Facts:
+            if cell and named_cell(cell) not in found:
+                grid = Grid([each for each in left if each[0] == cell[0]], self.seed, self.known)
+                units = evaluate(self.model, works, grid, {unit.key for unit in anchors})
+                found.update(_scores([*anchors, *units]))
+            return found.get(named_cell(cell), {})
+
+        return scores
 
     def _measured(self, full: Path, cell: Cell | None) -> Facts:
         try:
@@ -135,13 +147,13 @@ class Bench:
             return {"error": error.facts()}
 
     def _whole(self, full: Path) -> Facts:
-        return _sizes(full) | _medians([self._ask(full) for _ in range(self.runs)])
+        return _sizes(full) | medians([self._ask(full) for _ in range(self.runs)])
 
     def _cell(self, full: Path, cell: Cell) -> Facts:
         small = self.folder / "small.kv.safetensors"
         args = [*compressing(full, small, cell, self.seed), "--device", self.model.device.type]
         runs = [compressed(args) for _ in range(self.runs)]
-        timed = _medians([{"seconds": run["seconds"], **self._ask(small)} for run in runs])
+        timed = medians([{"seconds": run["seconds"], **self._ask(small)} for run in runs])
         told = {"output_error": runs[0]["output_error"], "peak_memory": max(run["peak_memory"] for run in runs)}
         rate = {"bytes_per_second": _sizes(full)["kv_bytes"] / timed["seconds"]}
         return {**_sizes(small), **told, **timed, **rate}
@@ -158,46 +170,21 @@ class Bench:
         return {"load_seconds": seconds, **rate}
 
 
+def _scores(units: Sequence[Unit]) -> dict[Name, Facts]:
+    """By method and budget, the `metrics` of the tasks, and the `error` of the first that failed."""
+    found: dict[Name, Facts] = {}
+    for row in tally.rows(units):
+        metrics = found.setdefault((row["method"], row["budget"] or ""), {}).setdefault("metrics", {})
+        metrics[f"{row['task']} {row['metric']}"] = {name: row[name] for name in SCORE}
+    for unit in reversed(units):
+        if unit.error:
+            found.setdefault(unit.key[2:], {})["error"] = unit.error.facts()
+    return found
+
+
 def named_cell(cell: Cell | None) -> Name:
     """Method and budget as rows have them; of no cell those of the full snapshot."""
     return named(*cell) if cell else FULL
-
-
-def compressing(full: Path, small: Path, cell: Cell, seed: int) -> list[str]:
-    """The arguments of kvcli for one cell."""
-    recipe, budget = cell
-    size = ["-b", budget.text] if budget else []
-    return ["compress", str(full), "-m", str(recipe), *size, "-o", str(small), "-f", "--seed", str(seed), "--json"]
-
-
-def compressed(args: Sequence[str]) -> Facts:
-    """The row of one compression; raises the KvError it ended with."""
-    code, out = apart(args)
-    try:
-        told = json.loads(out)
-    except ValueError as cause:
-        why = f"signal {-code}: often the system has no more memory" if code < 0 else f"exit code {code}"
-        raise KvError("kvcli compress ended without a word", why) from cause
-    if error := told.get("error"):
-        kinds = {kind.exit_code: kind for kind in KvError.__subclasses__()}
-        raise kinds.get(error["code"], KvError)(error["what"], error["why"], error["fix"])
-    facts: Facts = told["rows"][0]
-    return facts
-
-
-def apart(args: Sequence[str]) -> tuple[int, str]:
-    """Exit code and stdout of kvcli in a process of its own, whose seconds and memory are its alone."""
-    # The same code whatever lies in the current folder, where `-m kvcli` would look first.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from kvcli.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout
 
 
 def _sizes(path: Path) -> Facts:
@@ -205,16 +192,6 @@ def _sizes(path: Path) -> Facts:
     header = header_of(path)
     facts = summary(header, header.meta)
     return {name: facts[name] for name in SIZES}
-
-
-def _medians(runs: Sequence[Mapping[str, float]]) -> Facts:
-    """The median of each number, and under `spread` its 20th and 80th percentile."""
-    facts, spread = {}, {}
-    for name in runs[0]:
-        values = torch.tensor([run[name] for run in runs], dtype=torch.float64)
-        low, facts[name], high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-        spread[name] = [low, high]
-    return {**facts, "spread": spread}
 
 
 def title(row: Row) -> str:
@@ -238,4 +215,17 @@ def _has_numbers(row: Row) -> bool:
     return {*SIZES, "tokens_per_second"} <= row.keys()
 
 
-IDENTITY = ("ids_hash", "snapshot", "tasks", "weights", "dtype", "method", "budget", "seed", "runs", "raw", *STAMP)
+IDENTITY = (
+    "ids_hash",
+    "snapshot",
+    "tasks",
+    "weights",
+    "dtype",
+    "method",
+    "budget",
+    "seed",
+    "runs",
+    "raw",
+    "known",
+    *STAMP,
+)

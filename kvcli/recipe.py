@@ -130,6 +130,9 @@ def _assemble(text: str, steps: dict[Kind, Step], generic: dict[str, int]) -> Re
             f"recipe {text!r} names no score", f"{name} needs one to work on", f"put one before it: snapkv+{name}"
         )
     if score and score.sizes_itself and "allocate" in steps:
+        # The method's own allocation is for when a budget is given.
+        if steps["allocate"].stage.after == score.stage.name:
+            return _assemble(text, {kind: step for kind, step in steps.items() if kind != "allocate"}, generic)
         raise UsageError(
             f"recipe {text!r}: {score.text} fixes its own sizes",
             f"allocate {steps['allocate'].stage.name} would have nothing to share",

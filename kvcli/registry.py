@@ -51,6 +51,7 @@ class Ask:
     rope: Mapping[str, Any] = field(default_factory=dict)  # as in Meta
     segments: Tensor | None = None  # [S, 4] int32 begin, end, type (index in SEGMENTS), group; None where unknown
     profiles: Mapping[str, Json] = field(default_factory=dict)  # by method, what was calibrated on the model
+    place: int = 0  # of this layer among the L; `layer` counts those too that stay as they are
 
     @property
     def freq(self) -> Tensor | None:  # [R] float32

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from .errors import InfeasibleError, UsageError
 from .model import text as texts
@@ -11,7 +12,7 @@ from .model.observe import CUT, prefill
 from .model.prefix import Prefix
 from .model.resume import check_model, expected, question
 from .snapshot import Snapshot, usual
-from .storage import Reader, outline_of
+from .storage import Reader, outline_of, write_snapshot
 from .tasks.scores import SCORES, label
 from .tasks.task import Case, Question
 
@@ -67,6 +68,21 @@ def read_text(model: Model, case: Case, how: Reading, warn: Warn) -> Exam:
     ids, behind = _held_out(case, ids, doc.seq[0])
     snapshot = prefill(model, ids, doc.seq, collect=how.collect, segments=doc.segments_of(ids))
     return _exam(model, case, snapshot, behind, how)
+
+
+def keeping(read: Callable[[], Exam], model: Model, path: Path) -> Callable[[], Exam]:
+    """The same exam whenever it is asked for: read once, its snapshot kept in a file instead of in memory."""
+    kept: list[tuple[Case, Sequence[Trial]]] = []
+
+    def again() -> Exam:
+        if not kept:
+            exam = read()
+            write_snapshot(exam.snapshot, path, force=True)
+            kept.append((exam.case, exam.trials))
+        snapshot = Reader(path).snapshot()
+        return Exam(kept[0][0], snapshot, Prefix.read(snapshot, model), kept[0][1])
+
+    return again
 
 
 def read_file(model: Model, case: Case, reader: Reader, how: Reading, warn: Warn) -> Exam:

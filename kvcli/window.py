@@ -54,3 +54,15 @@ def smooth(score: Tensor, kernel: int, pool: str) -> Tensor:  # [..., T] -> [...
     pooled = max_pool1d if pool == "max" else avg_pool1d
     flat = score.reshape(1, -1, score.shape[-1])
     return pooled(flat, kernel, stride=1, padding=kernel // 2).view(score.shape)
+
+
+def pooled(kv: LayerKV, stats: Stats, ask: Ask, window: int, kernel: int, pool: str) -> Tensor:  # -> [H, T] float32
+    """Attention from the last `window` queries to what lies before them, smoothed; the window itself scores 0."""
+    before = before_window(kv, stats, window)
+    return smooth(received(kv, stats, ask, window) * before, kernel, pool) * before
+
+
+def over_heads(kv: LayerKV, score: Tensor, N: int) -> Tensor:  # [H, T] -> [N] float32
+    """Mean over the heads of what the entries at each position score; one that a head does not hold counts 0."""
+    at = torch.where(kv.real, kv.pos, N).long()
+    return score.new_zeros(len(score), N + 1).scatter_(1, at, score)[:, :N].mean(0)

@@ -65,7 +65,7 @@ def make_job(model: Model, cases: Iterable[Case], budgets: Sequence[float]) -> d
         rows.append({"name": case.name, "ids": ids, "questions": asked})
     stops = stop_ids(model.net, model.tokenizer, tail)
     head = {"model": str(model.folder), "dtype": DTYPE, "stops": stops, "budgets": list(budgets)}
-    return {**head, "presses": list(peer.PRESSES), "cases": rows}
+    return {**head, "presses": [press for _, press in PAIRS[1:] if press], "cases": rows}
 
 
 def ours(model: Model, job: dict[str, Any], recipes: Sequence[str]) -> Iterator[dict[str, Any]]:

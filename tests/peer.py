@@ -2,7 +2,8 @@
 
 `python peer.py JOB.json` prints a line with versions, then one for each document, press and budget. The job holds token
 ids, so that both sides read exactly the same: {"model": folder, "dtype", "stops": [ids that end an answer], "budgets",
-"presses", "cases": [{"name", "ids", "questions": [{"ids", "n"}]}]}.
+"presses", "cases": [{"name", "ids", "questions": [{"ids", "n"}]}]}. With "kept" in the job a line says which positions
+a press keeps, [layer][head], instead of what the model then answers.
 """
 
 import hashlib
@@ -40,6 +41,9 @@ PRESSES = {
     "adakv+expected": ["AdaKVPress", "ExpectedAttentionPress"],
     "compactor": ["CompactorPress"],
     "kvzip": ["KVzipPress"],
+    "lagkv": ["LagKVPress"],
+    "pyramidkv": ["PyramidKVPress"],
+    "critical+snapkv": ["CriticalKVPress", "SnapKVPress"],
 }
 # Defaults but for this one, which is what kvpress' own benchmark runs: with the default, 0, it finds next to nothing.
 OPTIONS = {"adakv+expected": {"epsilon": 1e-2}}
@@ -161,6 +165,31 @@ def under(net: Any, ids: Sequence[int], press: str, keep: float) -> Held:
         return read(net, ids, make_press(press, keep))
 
 
+@torch.inference_mode()
+def kept(net: Any, job: dict[str, Any], case: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What each press keeps at each budget, found by looking up its keys among those of the full cache."""
+    full = read(net, case["ids"])
+    where = [[lookup(head) for head in layer.keys[0]] for layer in full.cache.layers]
+    for press, keep in product(job["presses"], job["budgets"]):
+        held, found = read(net, case["ids"], make_press(press, keep)), []
+        modules = [layer.self_attn for layer in net.base_model.layers]
+        for module, layer, tables in zip(modules, held.cache.layers, where, strict=True):
+            hidden = module.__dict__.get("masked_key_indices")
+            gone = {*zip(*(part.tolist() for part in hidden[1:]), strict=True)} if hidden else set()
+            rows = [[table[row] for row in names(head)] for table, head in zip(tables, layer.keys[0], strict=True)]
+            found.append([[j for j in sorted(head) if (h, j) not in gone] for h, head in enumerate(rows)])
+        yield {"case": case["name"], "method": press, "budget": keep, "kept": found}
+
+
+def names(keys: Tensor) -> list[bytes]:  # [T, D]
+    """A key as bytes, by which it is recognised: no two of a head are alike, since their positions differ."""
+    return [row.numpy().tobytes() for row in keys]
+
+
+def lookup(keys: Tensor) -> dict[bytes, int]:  # [T, D]
+    return {name: i for i, name in enumerate(names(keys))}
+
+
 def fingerprint(job: dict[str, Any]) -> dict[str, str]:
     """Hashes of the weights and of all ids: equal on both sides, or they did not read the same."""
     weights = hashlib.sha256()
@@ -181,7 +210,7 @@ def main() -> None:
     net = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
     for i, case in enumerate(job["cases"]):
         print(f"kvpress: text {i + 1} of {len(job['cases'])}", file=sys.stderr)
-        for row in measure(net, job, case, seed=i):
+        for row in kept(net, job, case) if "kept" in job else measure(net, job, case, seed=i):
             print(json.dumps(row), flush=True)
 
 

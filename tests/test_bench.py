@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import kvcli.bench
 from kvcli.cli import run
 from kvcli.cli.chart import draw
 from kvcli.errors import KvError
+from kvcli.evaluate import Grid, Unit, Work, evaluate
 from kvcli.header import summary
+from kvcli.model.load import Model
 from kvcli.spool import header_of
 
 TEXT = "The harbour opened at six. " * 12 + "The new ferry is called Kestrel.\n"
@@ -60,7 +63,7 @@ def calls(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
             code = run(args)
         return code, out.getvalue()
 
-    monkeypatch.setattr("kvcli.bench.apart", here)
+    monkeypatch.setattr("kvcli.process.apart", here)
     monkeypatch.setenv("KVCLI_HOME", str(folder / "home"))
     monkeypatch.setenv("KVCLI_MODEL", str(folder / "model"))
     monkeypatch.setenv("KVCLI_DTYPE", "float32")
@@ -115,7 +118,7 @@ def test_times_are_medians(calls: list[list[str]], capsys: pytest.CaptureFixture
     for row in bench(capsys, "full", "-m", "h2o", "-b", "50%", "--runs", "3"):
         assert row["spread"].keys() == row.keys() & TIMES - {"peak_memory", "bytes_per_second"}
         assert all(low <= row[name] <= high for name, (low, high) in row["spread"].items())
-    found = kvcli.bench._medians([{"a": value} for value in (1.0, 9.0, 2.0, 3.0, 4.0, 0.0)])
+    found = kvcli.process.medians([{"a": value} for value in (1.0, 9.0, 2.0, 3.0, 4.0, 0.0)])
     assert found == {"a": 2.5, "spread": {"a": [1.0, 4.0]}}
 
 
@@ -199,7 +202,7 @@ def test_an_end_without_a_word(
     told = json.dumps({"schema": "kvcli.error/1", "error": error}) if end[1] is None else end[1]
     path, line = tmp_path / "rows", ["full", "-m", "h2o", "-b", "50%", "--runs", "1", "-o", str(tmp_path / "rows")]
     with monkeypatch.context() as broken:
-        broken.setattr("kvcli.bench.apart", lambda args: (end[0], told))
+        broken.setattr("kvcli.process.apart", lambda args: (end[0], told))
         bench(capsys, *line, code=code)
     assert says in json.dumps(kept(path)[1]["error"])
     bench(capsys, *line, code=6 if code == 6 else 0)  # what was of the day is tried again
@@ -340,3 +343,26 @@ def test_tasks_of_a_snapshot_read_in_another_way_are_other_rows(
     args = ["bench", "full", "-t", f"qa:{tmp_path}/qa.jsonl", *"-m raw --runs 1 -o".split(), str(tmp_path / "rows")]
     assert run(args) == 0 and run([*args, "--raw"]) == 0 and run(args) == 0
     assert [row["raw"] for row in kept(tmp_path / "rows")] == [False, False, True, True]
+
+
+def test_an_interruption_loses_the_tasks_of_one_recipe(
+    calls: list[list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    def counted(model: Model, works: list[Work], grid: Grid, *rest: object) -> Iterator[Unit]:
+        asked.append([f"{recipe} {budget and budget.text}{' known' * grid.known}" for recipe, budget in grid.cells])
+        if asked[-1] and asked[-1][0].startswith("h2o") and len(asked) < 4:
+            raise KeyboardInterrupt
+        return evaluate(model, works, grid, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("kvcli.bench.evaluate", counted)
+    asks = {"context": TEXT, "questions": [{"prompt": "When?", "answer": "six"}]}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(asks) + "\n")
+    line = f"doc.txt -m snapkv,h2o -b 50%,20% -t qa:{tmp_path}/qa.jsonl --known -o {tmp_path}/rows --runs 1"
+    bench(capsys, *line.split(), code=130)
+    assert names(kept(tmp_path / "rows")) == [("full", "100%"), ("snapkv", "50%"), ("snapkv", "20%")]
+    bench(capsys, *line.split())
+    rows = kept(tmp_path / "rows")
+    assert asked[1] == ["snapkv 50% known", "snapkv 20% known"] and asked[-1] == ["h2o 50% known", "h2o 20% known"]
+    assert len(asked) == 5 and all(row["known"] and "metrics" in row for row in rows)

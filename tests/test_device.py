@@ -167,7 +167,19 @@ def sent(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["snapkv+adakv", "kvmerger:max_run=4", "kvmerger:keys=rerotate+global", "h2o", "keydiff", "random+global"]
+    "recipe",
+    [
+        "snapkv+adakv",
+        "kvmerger:max_run=4",
+        "kvmerger:keys=rerotate+global",
+        "h2o",
+        "keydiff",
+        "random+global",
+        "lookm:merge=weighted",
+        "d2o:merge=paper",
+        "weightedkv:mode=sequential",
+        "h2o+cam",
+    ],
 )
 def test_stages_work_where_their_layer_is(recipe: str, monkeypatch: pytest.MonkeyPatch, interpreted: None) -> None:
     monkeypatch.setenv("KVCLI_KERNELS", "triton")

@@ -64,7 +64,7 @@ def same(one: Snapshot, other: Snapshot) -> None:
 def test_every_kernel_has_its_part(model: Any, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def job() -> tuple[list[Snapshot], list[int]]:
         full = kvcli.prefill(TEXT, model, raw=True, chunk=40)
-        small = [kvcli.compress(full, recipe, "35%") for recipe in ("kvmerger", "snapkv+adakv")]
+        small = [kvcli.compress(full, recipe, "35%") for recipe in ("kvmerger", "snapkv+adakv", "lookm")]
         asked = small[1].inputs(model, "?")
         return [full, *small], model.net.generate(**asked, max_new_tokens=2, do_sample=False)[0].tolist()
 

@@ -17,6 +17,7 @@ from kvcli.kernels.adjacent import adjacent_cosine
 from kvcli.kernels.attention import causal_attention, ragged_attention
 from kvcli.kernels.dense import count_pieces, dense_attention, join
 from kvcli.kernels.mass import attention_mass
+from kvcli.kernels.nearest import nearest_key
 from kvcli.kernels.op import Fn, Op
 from kvcli.kernels.runs import merge_runs
 from kvcli.kernels.table import OPS
@@ -173,6 +174,17 @@ def naive_merge_runs(
     return [new_k, new_v, start.sum(1), pivot, size]
 
 
+def naive_nearest_key(k: Tensor, dropped: Tensor, kept: Tensor) -> Results:
+    at, cosine = torch.full_like(dropped, -1), torch.zeros(dropped.shape).double()
+    for h in range(len(k)):
+        units = torch.nn.functional.normalize(k[h, kept[h][kept[h] >= 0]], dim=-1)
+        for m, e in enumerate(dropped[h].tolist()):
+            if e >= 0 and len(units):
+                found = units @ torch.nn.functional.normalize(k[h, e], dim=0)
+                at[h, m], cosine[h, m] = found.argmax(), found.max()
+    return [at, cosine]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_the_reference_is_the_definition(op: Op, case: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -274,6 +286,20 @@ def test_cosine_of_equal_opposite_and_zero_keys(twin: Callable[[Op], Fn]) -> Non
     key = torch.randn(1, 1, 77, generator=torch.Generator().manual_seed(0)).bfloat16()
     cosine = twin(adjacent_cosine)(torch.cat([key, key, 4 * key, -key, 0 * key, 0 * key, key], 1))
     assert cosine.tolist() == [[1, 1, -1, 0, 0, 0]]
+
+
+def test_of_equally_near_keys_the_first_kept_is_taken(twin: Callable[[Op], Fn]) -> None:
+    run = twin(nearest_key)
+    k = torch.tensor([[[3.0, 0], [0, 2], [6, 0], [0, 0], [5, 0], [-5, 0], [0, 0], [math.nan, 0]]])
+    at, cosine = run(k, torch.tensor([[4, 5, 6, -1]]), torch.tensor([[3, 1, 2, 0, -1]]))
+    assert at.tolist() == [[2, 0, 0, -1]] and cosine.tolist() == [[1, 0, 0, 0]]
+    many = torch.full((1, 1301, 4), 0.5)
+    many[0, :600] *= -1
+    at, cosine = run(many, torch.arange(1300, 1301)[None], torch.arange(1300)[None])
+    assert at.tolist() == [[600]] and cosine.tolist() == [[1]]
+    at, cosine = run(k[..., :2], torch.tensor([[0, 2]]), torch.tensor([[-1]]))
+    assert at.tolist() == [[-1, -1]] and not cosine.any()
+    assert [part.shape for part in run(k, torch.empty(1, 2).long(), torch.empty(1, 0).long())] == [(1, 2), (1, 2)]
 
 
 def test_window_scores_count_the_queries_that_see(twin: Callable[[Op], Fn]) -> None:

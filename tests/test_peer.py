@@ -11,6 +11,7 @@ from typing import Any
 
 import beside
 import docs
+import kept as kept_entries
 import peer
 import pytest
 import torch
@@ -106,6 +107,30 @@ def test_both_sides_measure_the_same(model: Model, net: Any, job: dict[str, Any]
     assert beside.agreement(mine, theirs) == 3
 
 
+def test_what_a_press_keeps_is_found_by_its_keys(net: Any, job: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(peer, "make_press", lambda name, keep: Keep(torch.tensor([7, 2, 11])))
+    (row, *_) = peer.kept(net, {**job, "presses": ["knorm"]}, job["cases"][0])
+    assert row["kept"] == [[[2, 7, 11]] * 2] * 2
+    masked = net.base_model.layers[1].self_attn.__dict__
+    read = peer.read
+
+    def hiding(net: Any, ids: Any, press: Any = None) -> Any:
+        held = read(net, ids, press)
+        masked["masked_key_indices"] = (torch.zeros(2, dtype=torch.long), torch.tensor([0, 1]), torch.tensor([7, 2]))
+        return held
+
+    monkeypatch.setattr(peer, "read", hiding)
+    (row, *_) = peer.kept(net, {**job, "presses": ["knorm"]}, job["cases"][0])
+    assert row["kept"] == [[[2, 7, 11]] * 2, [[2, 11], [7, 11]]]
+
+
+def test_shares_of_what_is_kept() -> None:
+    ours, other = [[{1, 2, 3, 4}, {5}]], [[[1, 2, 9], [5, 6]]]
+    found = kept_entries.shares(ours, other)
+    assert (found["same"], found["agree"], found["sizes_differ"]) == (3 / 5, 3 / 4, 1.0)
+    assert found["entries"] == [5, 5]
+
+
 def test_a_press_that_fails_is_a_row(net: Any, job: dict[str, Any], monkeypatch: Any) -> None:
     def make(name: str, keep: float) -> Keep:
         if name == "bad":
@@ -197,7 +222,8 @@ def test_the_same_method_of_both_sides_stands_together() -> None:
     assert [row["budget"] for row in found] == sorted((row["budget"] for row in found), reverse=True)
     beneath = {(a["method"], b["method"]) for a, b in pairwise(found) if (a["by"], b["by"]) == ("kvcli", "kvpress")}
     assert {pair for pair in beside.PAIRS if all(pair)} <= beneath
-    assert {name for _, name in beside.PAIRS[1:] if name} == set(peer.PRESSES)
+    assert {name for _, name in beside.PAIRS[1:] if name} <= set(peer.PRESSES)
+    assert {press for press, _ in kept_entries.PAIRS.values()} <= set(peer.PRESSES)
 
 
 def test_the_table_has_a_line_for_every_row(tmp_path: Path, model: Model) -> None:

@@ -37,7 +37,7 @@ def desk(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """A folder with the documents the examples speak of; stdout is no file, as at a terminal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KVCLI_MODEL", str(model))
-    monkeypatch.setattr("kvcli.bench.apart", here)  # processes of its own are tried in test_bench
+    monkeypatch.setattr("kvcli.process.apart", here)  # processes of its own are tried in test_bench
     (tmp_path / "memory").mkdir()
     for name in DOCUMENTS:
         (tmp_path / f"{name}.txt").write_text(f"This is the {name}. The ferry sailed in Q3 as well. " * 24)

@@ -33,6 +33,7 @@ METHODS, BUDGETS = "snapkv+adakv,keydiff,kvmerger", "50%,20%"
 )
 @click.option("-f", "--force", is_flag=True, help="Begin FILE anew, whatever it holds.")
 @click.option("-t", "--task", multiple=True, metavar="TASK,...", help="Also what these tasks of eval find.")
+@click.option("--known", is_flag=True, help="Tasks compress for each question anew, with the question known.")
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Times are medians of so many.")
 @model_options
 @output_options
@@ -89,7 +90,8 @@ def _ready(
         model = model_of(given, options["model"], **how, tick=phase)
         options["collect"] = collect_of(cells)
         works = dict(_works(ui, model, given, options))
-        bench = Bench(model, cells, folder, options["runs"], options["seed"], options["raw"], works)
+        shared = options["runs"], options["seed"], options["raw"], works, options["known"]
+        bench = Bench(model, cells, folder, *shared)
         reading = {"raw": options["raw"], "collect": options["collect"], "warn": ui.warn}
         documents = [open_document(each, model, **reading) for each in given]
         for document in documents:

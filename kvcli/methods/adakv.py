@@ -8,7 +8,7 @@ from torch import Tensor
 from ..budget import share_out
 from ..options import Share
 from ..registry import Ask, Scored, Source, allocate
-from ..shares import by_layer
+from ..shares import evenly
 
 SOURCE = Source("arXiv:2407.11550", 2024, question=True, checked="worked examples")
 
@@ -16,8 +16,7 @@ SOURCE = Source("arXiv:2407.11550", 2024, question=True, checked="worked example
 @allocate(source=SOURCE)
 def adakv(scored: Sequence[Scored], n: int, ask: Ask, *, floor: Share = 0.2) -> list[Tensor]:
     """Heads share a layer's entries by their scores; each gets at least `floor` of an even share."""
-    even = by_layer(torch.full((len(scored),), n / sum(len(part.score) for part in scored)), scored, n)
-    return [share_layer(part, int(total.sum()), floor) for part, total in zip(scored, even, strict=True)]
+    return [share_layer(part, int(each.sum()), floor) for part, each in zip(scored, evenly(scored, n), strict=True)]
 
 
 def share_layer(scored: Scored, total: int, floor: float) -> Tensor:  # -> [H] int64

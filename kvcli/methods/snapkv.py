@@ -5,7 +5,7 @@ from typing import Literal
 from ..options import AtLeast1, Odd
 from ..registry import Ask, Scored, Source, score
 from ..snapshot import LayerKV, Stats
-from ..window import before_window, received, smooth
+from ..window import pooled
 
 SOURCE = Source("arXiv:2404.14469", 2024, question=True, checked="worked examples")
 
@@ -15,5 +15,4 @@ def snapkv(
     kv: LayerKV, stats: Stats, ask: Ask, *, window: AtLeast1 = 32, kernel: Odd = 7, pool: Literal["max", "avg"] = "max"
 ) -> Scored:
     """Attention from the last `window` queries, pooled over `kernel` neighbours; the window itself scores 0."""
-    before = before_window(kv, stats, window)
-    return Scored(smooth(received(kv, stats, ask, window) * before, kernel, pool) * before)
+    return Scored(pooled(kv, stats, ask, window, kernel, pool))

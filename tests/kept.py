@@ -1,0 +1,97 @@
+"""make peer: do kvcli and kvpress keep the same entries, on the same tokens with the same protection?
+
+`python tests/kept.py PEER` takes the interpreter of an environment that has kvpress. Both sides read the same ids in
+float32: a text with the default model, and random ids with a random one. Rows go to samples/kept.jsonl.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from datetime import date
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from beside import theirs
+from tiny import tiny_model
+
+import kvcli
+from kvcli.model.load import Model, load
+from kvcli.model.text import document_ids
+from kvcli.snapshot import Snapshot
+from kvcli.stamp import stamp
+
+ROOT = Path(__file__).parent.parent
+ROWS = ROOT / "samples/kept.jsonl"
+TOKENS, BUDGETS = 1000, (0.5, 0.35, 0.1)
+WATCHING = "window=64,kernel=5,pool=avg,sink=0,recent=64"
+# Ours and theirs, with their options and protection; and why, where the two are not meant to agree.
+PAIRS = {
+    "knorm:sink=0,recent=0": ("knorm", ""),
+    "keydiff:sink=0,recent=0": ("keydiff", ""),
+    "streamingllm:sink=4,recent=0": ("streamingllm", ""),
+    f"snapkv:{WATCHING}": ("snapkv", ""),
+    "tova:sink=0,recent=1": ("tova", ""),
+    "lagkv:sink=4,recent=0": ("lagkv", ""),
+    f"pyramidkv:{WATCHING}": ("pyramidkv", ""),
+    f"critical:{WATCHING}": ("critical+snapkv", ""),
+    f"snapkv:{WATCHING}+adakv": ("adakv+snapkv", ""),
+}
+
+
+def make_job(model: Model, name: str, ids: list[int]) -> dict[str, Any]:
+    """What `peer.py` reads."""
+    presses = [press for press, _ in PAIRS.values()]
+    head = {"model": str(model.folder), "dtype": "float32", "presses": presses, "budgets": BUDGETS, "kept": True}
+    return {**head, "cases": [{"name": name, "ids": ids, "questions": []}]}
+
+
+def positions(small: Snapshot) -> list[list[set[int]]]:
+    """What every head of every layer keeps."""
+    return [[{*head.tolist()} for head in rows.pos.split(rows.lens.tolist())] for rows in small.rows]
+
+
+def shares(ours: list[list[set[int]]], other: list[list[list[int]]]) -> dict[str, Any]:
+    """What is common of all entries, and of the smaller set of each head; how many heads differ in size."""
+    pairs = [pair for layers in zip(ours, other, strict=True) for pair in zip(*layers, strict=True)]
+    both = sum(len(mine & {*its}) for mine, its in pairs)
+    most = max(sum(len(mine) for mine, _ in pairs), sum(len(its) for _, its in pairs))
+    return {
+        "same": both / most,
+        "agree": both / sum(min(len(mine), len(its)) for mine, its in pairs),
+        "sizes_differ": sum(len(mine) != len(its) for mine, its in pairs) / len(pairs),
+        "entries": [sum(len(mine) for mine, _ in pairs), sum(len(its) for _, its in pairs)],
+    }
+
+
+def compared(interpreter: str, model: Model, name: str, ids: list[int]) -> Iterator[dict[str, Any]]:
+    """A row for each method and budget."""
+    config, rows = theirs(interpreter, make_job(model, name, ids))
+    found = {(row["method"], row["budget"]): row["kept"] for row in rows}
+    full = kvcli.prefill(ids, model)
+    for (recipe, (press, why)), keep in product(PAIRS.items(), BUDGETS):
+        small = kvcli.compress(full, recipe, keep)
+        row = {"cache": name, "recipe": recipe, "press": press, "why": why, "budget": keep, "tokens": len(ids)}
+        yield {**row, **shares(positions(small), found[press, keep]), "kvpress": config["kvpress"]}
+
+
+def main() -> None:
+    about = {"date": date.today().isoformat(), **stamp(torch.device("cpu"))}
+    with TemporaryDirectory() as folder:
+        sizes = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 8, "head_dim": 16}
+        tiny = tiny_model(Path(folder) / "tiny", max_position_embeddings=4096, **sizes)
+        default, made_up = load(None, device="cpu", dtype="float32"), load(str(tiny), device="cpu", dtype="float32")
+        text = (ROOT / "samples/harbour.txt").read_text(encoding="utf-8")
+        read = document_ids(default.tokenizer, text, chat=False)[0][:TOKENS]
+        drawn = torch.randint(0, 250, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [*compared(sys.argv[1], default, "a text", read), *compared(sys.argv[1], made_up, "random", drawn)]
+    ROWS.write_text("".join(json.dumps({**row, **about}) + "\n" for row in rows))
+    for row in rows:
+        shares = f"{row['same']:.2%} {row['agree']:.2%} {row['sizes_differ']:.0%}"
+        print(f"{row['cache']:<8} {row['recipe']:<60} {row['budget']:.0%} {shares}")
+
+
+if __name__ == "__main__":
+    main()
