@@ -152,7 +152,7 @@ def test_eval_and_bench_record_what_their_methods_need(desk: Path, monkeypatch: 
 
     stage = Stage("score", "squares", squares, needs=("mass_sq",))
     monkeypatch.setitem(registry._table, ("score", "squares"), stage)
-    monkeypatch.setattr("kvcli.bench.apart", here)
+    monkeypatch.setattr("kvcli.process.apart", here)
     grid = ["-m", "squares", "-b", "50%"]
     assert run(["eval", "a.txt", *grid, "--task", "ppl", "-o", "e.json"]) == 0
     assert run(["bench", "a.txt", *grid, "--runs", "1", "-o", "rows.jsonl"]) == 0
