@@ -10,13 +10,17 @@ import pytest
 import torch
 from make import opened
 from test_architectures import build
+from test_readme import here
 from tiny import nudge, tiny_model
 
 import kvcli
+from kvcli import registry
 from kvcli.cli import run
 from kvcli.errors import InfeasibleError
 from kvcli.model.load import Model
 from kvcli.model.score import collect, divide
+from kvcli.registry import Ask, Scored, Stage
+from kvcli.snapshot import LayerKV, Stats
 
 TEXT = "The harbour opened at six.\n\n" * 12 + "The new ferry is called Kestrel.\n"
 ADDED = ["score", "a.kv.safetensors", "--collect", "norms,moments"]
@@ -134,3 +138,29 @@ def test_a_snapshot_in_memory(model: Model) -> None:
     for stats, want in zip(added.stats, asked.stats, strict=True):
         for name, part in want.present().items():
             assert torch.equal(getattr(stats, name), part), name
+
+
+def test_eval_and_bench_record_what_their_methods_need(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that would find nothing without them, on a text and on its snapshot."""
+    seen: list[bool] = []
+
+    def squares(kv: LayerKV, stats: Stats, ask: Ask) -> Scored:
+        """By squares of the attention received."""
+        assert stats.mass_sq is not None
+        seen.append(ask.segments is not None)
+        return Scored(stats.mass_sq.gather(1, kv.pos.clamp(min=0).long()))
+
+    stage = Stage("score", "squares", squares, needs=("mass_sq",))
+    monkeypatch.setitem(registry._table, ("score", "squares"), stage)
+    monkeypatch.setattr("kvcli.process.apart", here)
+    grid = ["-m", "squares", "-b", "50%"]
+    assert run(["eval", "a.txt", *grid, "--task", "ppl", "-o", "e.json"]) == 0
+    assert run(["bench", "a.txt", *grid, "--runs", "1", "-o", "rows.jsonl"]) == 0
+    assert seen and all(seen)
+    plain = json.loads((desk / "e.json").read_text())["rows"]
+    assert run(["eval", "a.txt", "-m", "knorm", "-b", "50%", "--task", "ppl", "-o", "f.json"]) == 0
+    other = json.loads((desk / "f.json").read_text())["rows"]
+    sizes = [{row["bytes"] for row in rows if row["method"] == "full"} for rows in (plain, other)]
+    assert sizes[0] == sizes[1]
+    (desk / "q.jsonl").write_text('{"prompt": "Who?", "answer": "x"}')
+    assert run(["eval", "a.kv.safetensors", *grid, "--questions", "q.jsonl"]) == 6  # it says what records them
