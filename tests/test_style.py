@@ -15,7 +15,7 @@ LEVELS = [
     {"header", "snapshot", "options"},
     {"budget", "device", "registry", "spool"},
     {"ledger"},
-    {"shares", "window"},
+    {"nearest", "shares", "window"},
     {"methods", "recipe"},
     {"layers"},
     {"outline"},

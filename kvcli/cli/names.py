@@ -2,9 +2,11 @@
 
 METHODS = (
     "adakv",
+    "compresskv",
     "evict",
     "global",
     "h2o",
+    "hack",
     "keydiff",
     "knorm",
     "kvmerger",
