@@ -27,6 +27,7 @@ COMMANDS = (
     "verify",
     "diff",
     "methods",
+    "calibrate",
     "kernels",
     "doctor",
     "completion",
