@@ -25,7 +25,8 @@ from .tasks.scores import SCORES
 from .tasks.task import Case, Question, Setting
 
 CAPACITY, RECENT = 32, 8  # entries a head whose loss is measured, the newest of them always kept (arXiv:2508.02401)
-TOKENS, DOCUMENTS = 1000, 6
+TOKENS = 1000  # of a document
+SEED = 2508  # other facts than those that `eval` asks for
 Tick = Callable[[int, int], None]
 
 
@@ -78,7 +79,7 @@ def _documents(model: Model, tokens: int, documents: int) -> list[Case]:
         return len(texts.appended_ids(model.tokenizer, text))
 
     try:
-        return cases(f"needle:tokens={tokens},copies={documents}", Setting([], size))
+        return cases(f"needle:tokens={tokens},copies={documents}", Setting([], size, SEED))
     except UsageError as error:
         what = f"documents of {tokens:,} tokens have no room for the facts to be found"
         raise UsageError(what, error.why, "raise --tokens") from error
