@@ -115,7 +115,7 @@ def _score_layer(
     result: list[Scored | None] = []
     for ask in asks:
         if raw is None or recipe.score.stage.by_budget:
-            raw = recipe.score(kv, stats, replace(ask, layer=i, place=snapshot.meta.held.index(i)))
+            raw = recipe.score(kv, stats, replace(ask, layer=i))
         if bool(raw.score[kv.real].isnan().any()):
             raise KvError(f"layer {i}: the score of {recipe} is not a number", "its numbers are too large")
         result.append(protect(raw, kv, ask))

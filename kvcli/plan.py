@@ -86,7 +86,7 @@ def make_ask(
         raise InfeasibleError(what, fix="raise the budget or protect less")
     profiles = {name: load_profile(name, meta.model["weights"]) for name in recipe.profiles}
     rest = entry["seed"], layout.softcap, meta.rope, snapshot.extra.get("stat.segments"), profiles
-    ask = Ask(-1, L, L * H * B, B, N, sink, recent, lead, layout.scale, *rest)
+    ask = Ask(-1, L, L * H * B, B, N, sink, recent, lead, layout.scale, *rest, meta.held)
     for step in recipe.steps:
         if "check" in step.stage.parts:
             step.part("check", ask)

@@ -1,9 +1,12 @@
 """Profiles: what a method has to know of a model beforehand, as JSON, one file a method and hash of weights."""
 
 import json
+import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import FormatError, InfeasibleError, MismatchError, StorageError
 from .meta import Json
@@ -50,6 +53,32 @@ def read_profile(path: Path, method: str, weights: str) -> Json:
         why = f"it was made for {about[0]!s:.40} on weights {about[1]!s:.32}, not for {method} on {weights:.32}"
         raise MismatchError(f"{path} is the profile of another model", why, again)
     return dict(found)
+
+
+def numbers(profile: Json, name: str, layers: Sequence[int], width: int | None = None) -> list[Any]:
+    """What a profile says of these layers: a number each, or a list of `width` numbers.
+
+    Raises InfeasibleError for a layer it was not calibrated for, FormatError for a table of another shape.
+    """
+    again, table = f"kvcli calibrate --for {profile['method']}", profile.get(name)
+    if not isinstance(table, list) or len(table) <= max(layers):
+        raise FormatError(f"the profile of {profile['method']} has no {name} of layer {max(layers)}", fix=again)
+    found = [table[i] for i in layers]
+    if None in found:
+        raise InfeasibleError(
+            f"{profile['method']} was not calibrated for layer {layers[found.index(None)]}", fix=again
+        )
+    if not all(_is_number(row) if width is None else _are_numbers(row, width) for row in found):
+        raise FormatError(f"the profile of {profile['method']} does not hold {width or 1} {name} a layer", fix=again)
+    return found
+
+
+def _are_numbers(row: object, width: int) -> bool:
+    return isinstance(row, list) and len(row) == width and all(map(_is_number, row))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def save_profile(profile: Json) -> Path:

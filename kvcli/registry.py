@@ -19,6 +19,8 @@ from .options import Option, options_of
 
 Kind = Literal["score", "allocate", "reduce", "encode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# What `kvcli calibrate` makes the profile of a method from: answers of the model, or snapshots; "" for none.
+Profile = Literal["", "answers", "snapshots"]
 # Name of a tensor in a layer -> its dtype, as safetensors names it, and its shape.
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -51,7 +53,17 @@ class Ask:
     rope: Mapping[str, Any] = field(default_factory=dict)  # as in Meta
     segments: Tensor | None = None  # [S, 4] int32 begin, end, type (index in SEGMENTS), group; None where unknown
     profiles: Mapping[str, Json] = field(default_factory=dict)  # by method, what was calibrated on the model
-    place: int = 0  # of this layer among the L; `layer` counts those too that stay as they are
+    held: tuple[int, ...] = ()  # which L layers of the model these are; () for the first L
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are compressed, by their number in the model."""
+        return self.held or tuple(range(self.L))
+
+    @property
+    def place(self) -> int:
+        """Where among them this layer comes."""
+        return self.layers.index(self.layer)
 
     @property
     def freq(self) -> Tensor | None:  # [R] float32
@@ -93,7 +105,7 @@ class Stage:
     fn: Callable[..., Any]
     source: Source = Source()
     needs: tuple[str, ...] = ()  # statistics
-    profile: bool = False  # whether it reads the profile of its name, which `kvcli calibrate` makes
+    profile: Profile = ""  # what the profile of its name is made from, where it reads one
     after: str = ""  # the score whose meaning it relies on
     by_budget: bool = False  # the result depends on the budget
     sizes: Callable[..., bool] = lambda **_: False  # (**options) -> whether a score fixes its own sizes
@@ -155,7 +167,7 @@ def score(
     name: str = "",
     needs: tuple[str, ...] = (),
     source: Source = Source(),
-    profile: bool = False,
+    profile: Profile = "",
     by_budget: bool = False,
     sizes: Callable[..., bool] = lambda **_: False,
 ) -> Decorator:
@@ -163,7 +175,7 @@ def score(
     return _register("score", name, needs=needs, source=source, profile=profile, by_budget=by_budget, sizes=sizes)
 
 
-def allocate(*, name: str = "", source: Source = Source(), profile: bool = False, after: str = "") -> Decorator:
+def allocate(*, name: str = "", source: Source = Source(), profile: Profile = "", after: str = "") -> Decorator:
     """(L x Scored, n, ask, **options) -> L x [H] int64, adding up to n."""
     return _register("allocate", name, source=source, profile=profile, after=after)
 

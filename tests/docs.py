@@ -51,7 +51,7 @@ def methods_table() -> str:
             f"`{written(key, option.default)}`" + (f" ({option.words})" if option.choices or option.optional else "")
             for key, option in stage.options.items()
         )
-        needs, source = ", ".join([*stage.needs, *["profile"] * stage.profile]), stage.source
+        needs, source = ", ".join([*stage.needs, *["profile"] * bool(stage.profile)]), stage.source
         seen = ("yes" if source.question else "no") if source.paper else ""
         cells = (f"`{stage.name}`", stage.kind, stage.help, options, needs)
         cells += (source.paper, str(source.year or ""), seen, source.checked)

@@ -9,9 +9,11 @@ import torch
 from xxhash import xxh3_128_hexdigest
 
 from kvcli.layers import NAMES
-from kvcli.meta import Layout, Meta, Seq
+from kvcli.meta import Json, Layout, Meta, Seq
 from kvcli.pipeline import carry_out, make_plans
+from kvcli.profiles import save_profile
 from kvcli.recipe import Recipe
+from kvcli.registry import stages
 from kvcli.snapshot import Rows, Snapshot, Stats
 from kvcli.storage import Reader, Source, write_snapshot
 
@@ -96,6 +98,21 @@ def _collected(heads: int, q_heads: int, tokens: int, dim: int, rng: torch.Gener
         "resid_norm": torch.rand(tokens, generator=rng) + 1,
         "attn_in_norm": torch.rand(tokens, generator=rng) + 1,
     }
+
+
+def make_profiles(snapshot: Snapshot) -> dict[str, Json]:
+    """Profiles of the model that made the snapshot, by method, written where `calibrate` puts them."""
+    layout, rng = snapshot.meta.layout, torch.Generator().manual_seed(5)
+    L, who = layout.layers, {"weights": snapshot.meta.model["weights"]}
+    answers = {
+        "heads": torch.rand(L, layout.q_heads, generator=rng).tolist(),
+        "errors": torch.rand(L, generator=rng).tolist(),
+    }
+    found = {"answers": answers, "snapshots": {"sigma": torch.rand(L, layout.heads, generator=rng).tolist()}}
+    made = {stage.name: {"method": stage.name, **who, **found[stage.profile]} for stage in stages() if stage.profile}
+    for profile in made.values():
+        save_profile(profile)
+    return made
 
 
 def packed(snapshot: Snapshot) -> bytes:

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from make import make_snapshot
+from make import make_profiles, make_snapshot
 from test_laws import RECIPES
 
 from kvcli.budget import Budget
@@ -28,6 +28,7 @@ def document(tokens: int, heads: int) -> Snapshot:
 @pytest.mark.parametrize("heads", [1, 2, 3, 8])
 def test_the_file_holds_exactly_what_was_asked(recipe: str, tokens: int, heads: int) -> None:
     full, parsed = document(tokens, heads), Recipe.parse(recipe)
+    make_profiles(full)
     files = [io.BytesIO() for _ in BUDGETS]
     carry_out(full, make_plans(full, parsed, BUDGETS), files)
     for budget, file in zip(BUDGETS, files, strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make import make_snapshot
+from make import make_profiles, make_snapshot
 
 from kvcli.budget import Budget
 from kvcli.cli import run
@@ -30,6 +30,7 @@ def plan(snapshot: Snapshot, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_recipe_copies_what_is_not_finite(recipe: str, name: str, value: float) -> None:
     full = make_snapshot(tokens=40, bias=True)
+    make_profiles(full)
     getattr(full.rows[1], name).view(-1)[-3] = value
     with pytest.raises(KvError, match=f"layer 1.*{name} holds NaN"):
         plan(full, recipe)

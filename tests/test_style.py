@@ -22,7 +22,7 @@ LEVELS = [
     {"storage", "metrics"},
     {"diff", "plan", "process"},
     {"pipeline", "model", "tasks"},
-    {"api", "document", "trial"},
+    {"api", "calibrate", "document", "trial"},
     {"evaluate"},
     {"tally"},
     {"bench", "report"},

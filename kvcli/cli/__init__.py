@@ -28,6 +28,7 @@ COMMANDS = (
     "verify",
     "diff",
     "methods",
+    "calibrate",
     "kernels",
     "doctor",
     "completion",

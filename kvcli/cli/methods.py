@@ -87,7 +87,7 @@ def _page(stage: "Stage") -> str:
     seen = "published with the question in view: give it one by kvcli prefill --probe" if source.question else ""
     about = {
         "options": "\n".ljust(15).join(options),
-        "needs": ", ".join([*stage.needs, *["a profile: kvcli calibrate"] * stage.profile]),
+        "needs": ", ".join([*stage.needs, *[f"a profile: kvcli calibrate --for {stage.name}"] * bool(stage.profile)]),
         "source": " ".join(filter(None, (source.paper, f"({source.year})" if source.year else ""))),
         "question": seen,
         "checked": source.checked,

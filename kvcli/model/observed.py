@@ -66,7 +66,7 @@ class ObservedLayer(Layer):
             self._add_mass(self.mass_sq, q, lse, power=2)
         if self.moments is not None:
             self.moments += self._turned_back(q, past)
-        weight = _output_weight(module)
+        weight = output_weight(module)
         if self.norm is not None and weight is not None:
             values = self.values[:, past - self.start : self.length]
             self.norm[:, past : past + q.shape[1]] = value_norm(values, weight, q.shape[0])
@@ -181,7 +181,7 @@ class ObservedLayer(Layer):
         return Rows(k, v, pos, torch.full((heads,), count))
 
 
-def _output_weight(module: nn.Module) -> Tensor | None:  # -> [d_model, Hq * Dv]
+def output_weight(module: nn.Module) -> Tensor | None:  # -> [d_model, Hq * Dv]
     for name in ("o_proj", "out_proj", "dense", "wo"):
         weight = getattr(getattr(module, name, None), "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
