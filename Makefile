@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-.PHONY: setup demo test check docs bench peer
+.PHONY: setup demo test check docs bench grid peer
 
 setup: $(DONE)
 
@@ -38,6 +38,16 @@ docs: setup
 
 bench: setup
 	$(BIN)/python tests/bench.py $(WHAT)
+
+# Every method at every budget; an interrupted run goes on. OMP_NUM_THREADS=1 is how the committed rows were made.
+TASK := --raw --runs 1 -t needle:tokens=1000,copies=6 -b 50%,35%,20%,10%
+WATCHING := tova,snapkv,snapkv+adakv,pyramidkv,critical,cake,compresskv,defensivekv,layer-defensivekv,taskkv,zipvl,guikv
+OTHERS := random,streamingllm,knorm,keydiff,lagkv,h2o,critical+adakv,hack,kvmerger,kvmerger+global,h2o+cam,weightedkv,lookm,d2o
+CODED := snapkv+adakv+kivi,encode=int8,encode=kivi,encode=kivi:bits=2,zipvl-mixed
+
+grid: setup
+	$(BIN)/kvcli bench samples/harbour.txt $(TASK) -m $(WATCHING),$(OTHERS),$(CODED) -o samples/grid.jsonl
+	$(BIN)/kvcli bench samples/harbour.txt $(TASK) --known -m $(WATCHING) -o samples/grid-known.jsonl
 
 # PEER is the python of an environment of its own that has kvpress.
 peer: setup

@@ -68,10 +68,8 @@ def commands_text() -> str:
     return "\n\n".join(blocks)
 
 
-def bench_rows(kind: str) -> list[dict[str, object]]:
-    path = ROOT / "samples/bench.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["kind"] == kind]
+def bench_rows(kind: str) -> list[dict[str, Any]]:
+    return [row for row in _rows(ROOT / "samples/bench.jsonl") if row["kind"] == kind]
 
 
 def eval_table(kind: str) -> str:
@@ -84,7 +82,7 @@ def eval_table(kind: str) -> str:
 
 def peer_table(path: Path = ROOT / "samples/peer.jsonl") -> str:
     """kvpress and kvcli beside each other, as `make peer` measured them, with versions and date."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = _rows(path)
     lines = [peer_about(rows), ""] if rows else []
     lines += ["| keep | method | by | found | KL | top-1 | keys and values | compress | tokens/s |", "| --- " * 9 + "|"]
     for row in rows:
@@ -123,9 +121,45 @@ def peer_about(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def grid_table(folder: Path = ROOT / "samples") -> str:
+    """Every method at every budget, as `kvcli bench` measured them, without and with the question known."""
+    plain, known = (_rows(folder / name) for name in ("grid.jsonl", "grid-known.jsonl"))
+    asked = {(row["method"], row["budget"]): row for row in known}
+    budgets = dict.fromkeys(row["budget"] for row in plain if row["method"] != "full")
+    titles = ("method", "found", "question known", "KL", "top-1", "output error", "file", "GB/s")
+    lines = []
+    for budget in budgets:
+        rows = [row for row in plain if row["budget"] == budget and row["method"] != "full"]
+        lines += ["", f"**{budget or 'Every entry, in fewer bits'}**", "", f"| {' | '.join(titles)} |"]
+        lines += ["| --- " * len(titles) + "|"]
+        for row in sorted(rows, key=lambda row: -_metric(row, "hit")["value"]):
+            lines.append("| " + " | ".join(grid_cells(row, asked.get((row["method"], budget)))) + " |")
+    return "\n".join(lines).strip()
+
+
+def grid_cells(row: dict[str, Any], known: dict[str, Any] | None) -> list[str]:
+    seen = _bar(_metric(known, "hit")) if known else ""
+    error = row["output_error"]["q_probe_median"]
+    numbers = [f"{_metric(row, 'kl')['value']:.3f}", f"{_metric(row, 'top1')['value']:.1%}", f"{error:.3f}"]
+    rest = [size(row["file_bytes"]), f"{row['bytes_per_second'] / 1e9:.3f}"]
+    return [f"`{row['method']}`", _bar(_metric(row, "hit")), seen, *numbers, *rest]
+
+
+def _metric(row: dict[str, Any], name: str) -> dict[str, float]:
+    return next(found for key, found in row["metrics"].items() if key.endswith(f" {name}"))
+
+
+def _bar(found: dict[str, float]) -> str:
+    return f"{found['value']:.0%} ± {found['stderr']:.0%}"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def kept_table(path: Path = ROOT / "samples/kept.jsonl") -> str:
     """What kvpress and kvcli keep of the same cache, as `make peer` compared them."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = _rows(path)
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["cache"], row["recipe"], row["press"], row["why"]), []).append(row)
@@ -184,6 +218,7 @@ PARTS = {
     "methods": methods_table,
     "commands": commands_text,
     **{kind: partial(eval_table, kind) for kind in EVALS},
+    "grid": grid_table,
     "peer": peer_table,
     "kept": kept_table,
     "ratios": ratio_table,
