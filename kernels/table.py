@@ -7,6 +7,7 @@ from .dense import dense_attention
 from .error import output_error
 from .mass import attention_mass
 from .op import Op
+from .packed import packed_attention
 from .runs import merge_runs
 from .take import take_rows
 from .window import window_scores
@@ -19,6 +20,7 @@ OPS: tuple[Op, ...] = (
     dense_attention,
     merge_runs,
     output_error,
+    packed_attention,
     ragged_attention,
     take_rows,
     window_scores,
