@@ -124,7 +124,7 @@ def _ints(lens: Sequence[int] | Tensor) -> list[int]:
 
 
 def _ragged_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    lens, G, M, D = _lens(case), case["G"], case["M"], case["D"]
+    lens, G, M, D = lens_of(case), case["G"], case["M"], case["D"]
     generator = torch.Generator().manual_seed(seed)
     q = random((M, len(lens) * G, D), dtype, generator).transpose(0, 1)  # strides as the model gives them
     k = random((sum(lens), D), dtype, generator)
@@ -136,7 +136,7 @@ def _ragged_inputs(case: Mapping[str, Any], dtype: torch.dtype, seed: int) -> tu
     return q, k, v, lens, bias, D**-0.5, tuple(part[:, : case["S"]] for part in buffers) or None
 
 
-def _lens(case: Mapping[str, Any]) -> list[int]:
+def lens_of(case: Mapping[str, Any]) -> list[int]:
     """As given, or H of them from T / 2 to 3 T / 2."""
     if "lens" in case:
         return list(case["lens"])
@@ -145,7 +145,7 @@ def _lens(case: Mapping[str, Any]) -> list[int]:
 
 
 def _ragged_cost(case: Mapping[str, Any], itemsize: int) -> tuple[int, int]:
-    lens = _lens(case)
+    lens = lens_of(case)
     new = len(lens) * case.get("S", 0)  # without biases
     entries = sum(lens) + new
     moved, flops = attention_cost(case, itemsize, entries, entries * case["G"] * case["M"])

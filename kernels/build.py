@@ -23,7 +23,7 @@ TARGETS = {
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a block may have
 MATRIX = r"wgmma|tcgen05\.mma|mma\.sync|v_mfma"  # instructions of tensor cores
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-TYPES = {torch.int64: "i64", torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8", **NAMES}
+TYPES = {torch.int64: "i64", torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", **NAMES}
 SMALL = 257  # entries of the cases compiled: lengths are no part of a kernel
 
 

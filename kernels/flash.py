@@ -146,13 +146,23 @@ def flash_fused(
     if tail is not None and tail[0].shape[1]:
         parts.append(_parts(q, *tail, scale, dtype or q.dtype))
     out, lse = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return join_splits(out, lse, dtype or q.dtype)
+
+
+def join_splits(out: Tensor, lse: Tensor, dtype: torch.dtype) -> Part:  # [S, Hq, M, Dv], [S, Hq, M] -> the same, one
+    """Attention over all splits from that over each."""
     if len(out) == 1:
         return out[0], lse[0]
-    joined = out.new_empty(out.shape[1:], dtype=dtype or q.dtype), torch.empty_like(lse[0])
-    N, Dv = lse[0].numel(), v.shape[-1]
+    joined = out.new_empty(out.shape[1:], dtype=dtype), torch.empty_like(lse[0])
+    N, Dv = lse[0].numel(), out.shape[-1]
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    _join[N,](out, lse, *joined, N, len(out), DV=Dv, BV=_pad(Dv), BS=JOINED, **options)
+    _join[N,](out, lse, *joined, N, len(out), DV=Dv, BV=pad(Dv), BS=JOINED, **options)
     return joined
+
+
+def count_splits(span: int, entries: int, tiles: int) -> int:
+    """Into how many to split heads of up to `span` entries, `entries` in all, whose rows take `tiles` programs each."""
+    return max(1, int(triton.cdiv(span, max(SPLIT, triton.cdiv(entries * tiles, PROGRAMS)))))
 
 
 def _parts(
@@ -173,19 +183,19 @@ def _parts(
     """Attention over each of S splits; one alone is of the dtype given, several are float32. Any strides."""
     (Hq, M, D), Dv = q.shape, v.shape[-1]
     H, T = (len(k), k.shape[1]) if lens is None else (len(lens), max(lens))
-    offsets = None if lens is None else _offsets(tuple(lens), q.device)
+    offsets = None if lens is None else row_offsets(tuple(lens), q.device)
     G, spread = Hq // H, [(0, *part.stride()) if lens else part.stride() for part in (k, v)]
     bias, q_pos, pos = (None if part is None else _rows(part.to(q.device)) for part in (bias, q_pos, pos))
     apart = [0 if part is None or part.dim() < 2 else part.stride(0) for part in (bias, pos)]
     blocks = _blocks(G * M, max(D, Dv), q.element_size(), target_of(q.device))
     tiles, span = triton.cdiv(G * M, blocks["BR"]), T if window is None else min(T, window + M)
     entries = H * span if lens is None else len(k)
-    S = max(1, triton.cdiv(span, max(SPLIT, triton.cdiv(entries * tiles, PROGRAMS))))
+    S = count_splits(span, entries, tiles)
     out = q.new_empty(S, Hq, M, Dv, dtype=dtype if S == 1 else torch.float32)
     lse = q.new_empty(S, Hq, M, dtype=torch.float32)
     sizes = (scale, softcap, window, G, M, T, S, T.bit_length())
     strides = (*q.stride(), *spread[0], *spread[1], *apart)
-    padded = {"D": D, "DV": Dv, "BD": _pad(D), "BV": _pad(Dv), "CAUSAL": causal, "WHOLE": dtype != q.dtype}
+    padded = {"D": D, "DV": Dv, "BD": pad(D), "BV": pad(Dv), "CAUSAL": causal, "WHOLE": dtype != q.dtype}
     _flash[tiles * S, H](q, k, v, bias, offsets, q_pos, pos, out, lse, *sizes, *strides, **padded, **blocks)
     return out, lse
 
@@ -195,12 +205,14 @@ def _rows(part: Tensor) -> Tensor:
 
 
 @lru_cache(1024)
-def _offsets(lens: tuple[int, ...], device: torch.device) -> Tensor:  # [H + 1] int64
+def row_offsets(lens: tuple[int, ...], device: torch.device) -> Tensor:  # [H + 1] int64
+    """Where the rows of each head begin, and where the last ones end."""
     # kept, so that decoding does not send the lengths of every layer again for every token
     return torch.tensor((0, *lens)).cumsum(0).to(device)
 
 
-def _pad(D: int) -> int:
+def pad(D: int) -> int:
+    """The size of a block that holds D."""
     return max(16, int(triton.next_power_of_2(D)))
 
 
@@ -210,9 +222,9 @@ def _blocks(rows: int, D: int, itemsize: int, target: str) -> dict[str, Any]:
     if itemsize == 4:
         tile = {"BR": 16, "BT": 16, "num_stages": 1 if D <= 128 else 3 if later else 2}
     elif rows <= 16:
-        tile = {"BR": 16, "BT": min(64, 8192 // _pad(D))}
+        tile = {"BR": 16, "BT": min(64, 8192 // pad(D))}
     elif D <= 128:
-        tile = {"BR": 64, "BT": 4096 // max(64, _pad(D))}
+        tile = {"BR": 64, "BT": 4096 // max(64, pad(D))}
     else:
         tile = {"BR": 32, "BT": 32} if later else {"BR": 64, "BT": 16, "num_warps": 8}
     return {"num_stages": 2, "num_warps": 4, "enable_fp_fusion": True, **tile}

@@ -8,6 +8,7 @@ from .error import output_error
 from .mass import attention_mass
 from .nearest import nearest_key
 from .op import Op
+from .packed import packed_attention
 from .runs import merge_runs
 from .take import take_rows
 from .window import window_scores
@@ -21,6 +22,7 @@ OPS: tuple[Op, ...] = (
     merge_runs,
     nearest_key,
     output_error,
+    packed_attention,
     ragged_attention,
     take_rows,
     window_scores,

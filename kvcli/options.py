@@ -19,6 +19,7 @@ Share = Annotated[float, Limit(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
 Positive = Annotated[float, Limit(lambda x: x > 0, "a number above 0")]
 AtLeast0 = Annotated[int, Limit(lambda n: n >= 0, "a whole number, 0 or more")]
 AtLeast1 = Annotated[int, Limit(lambda n: n >= 1, "a whole number, 1 or more")]
+Bits = Annotated[int, Limit(lambda n: n in (2, 4, 8), "2, 4 or 8")]
 Odd = Annotated[int, Limit(lambda n: n >= 1 and n % 2 == 1, "an odd whole number, 1 or more")]
 
 _PLAIN = {

@@ -15,7 +15,7 @@ from .errors import InfeasibleError, KvError
 from .layers import layer_tensors
 from .metrics import median_p95, output_error
 from .outline import hollow
-from .plan import Plan, find_sliding, make_ask, make_outline
+from .plan import Plan, check_encoding, find_sliding, make_ask, make_outline
 from .recipe import Recipe, evicting
 from .registry import Ask, Scored
 from .snapshot import LayerKV, Snapshot, Stats, check_finite, collect_for
@@ -42,6 +42,7 @@ def make_plans(
     Raises InfeasibleError for a missing statistic, a budget that cannot be met or nothing to compress, KvError for
     layers that are not finite.
     """
+    check_encoding(snapshot, recipe)
     stats = [hollow(part) for part in snapshot.stats] if keep_stats else []
     entries = [
         {"recipe": str(recipe), "budget": budget.text if budget else "", "seed": seed, "parent": parent}
@@ -167,7 +168,7 @@ def _write_layer(plan: Plan, i: int, kv: LayerKV, stats: Stats, out: Writer) -> 
     for name, tensor in layer_tensors(i, payload, rows, plan.outline.parts[i], stats if plan.keep_stats else Stats()):
         out.put(name, tensor)
     k, v = recipe.encode.part("decode", payload, rows.lens)
-    return _measure(stats, kv, LayerKV.from_rows(replace(rows, k=k, v=v)), ask)
+    return _measure(stats, kv, LayerKV.from_rows(replace(rows, k=k.to(kv.k.dtype), v=v.to(kv.v.dtype))), ask)
 
 
 def _measure(stats: Stats, before: LayerKV, after: LayerKV, ask: Ask) -> Tensor:  # -> [4]

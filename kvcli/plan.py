@@ -1,5 +1,6 @@
 """The plan of a file: what is asked of the stages, and what the file will hold."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from .budget import Budget, protection
 from .errors import InfeasibleError
+from .header import Spec
+from .layers import encoder
 from .meta import Json
 from .outline import Outline
 from .profiles import load_profile
@@ -54,6 +57,15 @@ def find_sliding(snapshot: Snapshot) -> dict[int, Tensor]:
     return {i: snapshot.rows[i].lens for i in range(len(snapshot.rows)) if i not in snapshot.meta.held}
 
 
+def check_encoding(snapshot: Snapshot, recipe: Recipe) -> None:
+    """Raise InfeasibleError where codes would be made of codes."""
+    there = encoder(snapshot.meta.encode)
+    if there.stage.lossy and recipe.encode.stage.lossy:
+        what = f"the snapshot is encoded already, with {there.stage.name}"
+        why = f"{recipe.encode.stage.name} would add its own error to that"
+        raise InfeasibleError(what, why, "compress the full snapshot, or leave the encoder out of the recipe")
+
+
 def make_ask(
     snapshot: Snapshot,
     recipe: Recipe,
@@ -76,7 +88,7 @@ def make_ask(
         uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B < N else [B] * H)
         counts = [sliding.get(i, uneven) for i in range(layout.layers)]
         outline = make_outline(snapshot, recipe if B < N else evicting(recipe), counts, stats, entry)
-        return outline.file_bytes + (8 * len(outline.specs) if B < N else 0)  # another distribution's longer offsets
+        return outline.file_bytes + (_more(recipe, B, uneven, outline) if B < N else 0)
 
     B = budget.per_head(N, L * H, size_of) if budget else N
     pairs = zip((recipe.sink, recipe.recent), protection(B, lead), strict=True)
@@ -91,6 +103,16 @@ def make_ask(
         if "check" in step.stage.parts:
             step.part("check", ask)
     return ask
+
+
+def _more(recipe: Recipe, B: int, lens: Tensor, outline: Outline) -> int:
+    """How many bytes more than laid out with these lengths the file may take with others of the same mean B."""
+    more, layout = 8 * len(outline.specs), outline.meta.layout  # offsets may be longer
+    if "bound" in recipe.encode.stage.parts:
+        found = recipe.encode.part("shapes", lens.tolist(), layout).values()
+        most = math.ceil(layout.heads * recipe.encode.part("bound", B, layout))
+        more += len(outline.meta.held) * (most - sum(Spec("", dtype, shape).nbytes for dtype, shape in found))
+    return more
 
 
 def make_outline(

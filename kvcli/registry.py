@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .codes import Split
 from .errors import UsageError
 from .meta import Json
 from .options import Option, options_of
@@ -137,6 +138,23 @@ class Stage:
         self.parts["decode"] = fn
         return fn
 
+    def codes(self, fn: Callable[..., Split]) -> Callable[..., Split]:
+        """Register ({name: tensor}, lens [H], **options) -> Split, for codes that attention reads as they are.
+
+        It is the decoder as well.
+        """
+        self.parts["codes"] = fn
+        self.parts["decode"] = lambda payload, lens, **options: fn(payload, lens, **options).rows()
+        return fn
+
+    def bound(self, fn: Callable[..., float]) -> Callable[..., float]:
+        """Register (B, layout, **options) -> the most bytes of a head of any length, where B entries is the mean.
+
+        It never falls with B. Needed where bytes do not follow from the sum of `lens` alone, or fall as it grows.
+        """
+        self.parts["bound"] = fn
+        return fn
+
     def shapes(self, fn: Callable[..., Shapes]) -> Callable[..., Shapes]:
         """Register what an encoder will write: (lens, layout, **options) -> {name: (dtype, shape)}."""
         self.parts["shapes"] = fn
@@ -193,7 +211,7 @@ def reduce(
 
 
 def encode(*, name: str = "", source: Source = Source(), after: str = "", lossy: bool = False) -> Decorator:
-    """(kv, scored, ask, **options) -> {name: tensor}; give it a `.decoder` and `.shapes` too."""
+    """(kv, scored, ask, **options) -> {name: tensor}; give it `.shapes` and a `.decoder`, or `.codes`, too."""
     return _register("encode", name, source=source, after=after, lossy=lossy)
 
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import register_dataclass, tree_map_only
 
 from kvcli.kernels.close import EXACT, QUICK, error, results
+from kvcli.kernels.codes import Codes
 
 __all__ = ["DTYPES", "EXACT", "QUICK", "check", "each", "error", "results", "strided"]
 
+register_dataclass(Codes)  # so that its tensors count among the arguments
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # At 1e4 a float32 logit has a unit in the last place of 1e-3, and weights are exponentials of such logits.
 LOUD = {**EXACT, torch.float32: 5e-3}

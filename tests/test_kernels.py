@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvcli.kernels.adjacent import adjacent_cosine
 from kvcli.kernels.attention import causal_attention, ragged_attention
+from kvcli.kernels.codes import Codes
 from kvcli.kernels.dense import count_pieces, dense_attention, join
 from kvcli.kernels.mass import attention_mass
 from kvcli.kernels.nearest import nearest_key
@@ -102,6 +103,18 @@ def naive_output_error(
         outputs.append(softmax(logit, values)[0])
     full, other = outputs
     return (other - full).norm(dim=-1) / full.norm(dim=-1)
+
+
+def opened(codes: Codes) -> Tensor:
+    e, d = torch.arange(len(codes.q))[:, None], torch.arange(codes.D)
+    code, block = codes.q.int()[:, d * codes.bits // 8], (e // codes.gt, d // codes.gc)
+    if codes.bits < 8:
+        code = code // 2 ** (d * codes.bits % 8) % 2**codes.bits
+    return code * codes.scale[block] + (0 if codes.zero is None else codes.zero[block])
+
+
+def naive_packed_attention(q: Tensor, k: Codes, v: Codes, *rest: Any) -> Results:
+    return naive_ragged_attention(q, opened(k), opened(v), *rest, None)
 
 
 def naive_ragged_attention(
@@ -231,8 +244,9 @@ def test_permuting_kv_heads_permutes_the_results(op: Op) -> None:
     order, lens = torch.arange(H).roll(1), args.get("lens")
 
     def permute(part: Tensor, flat: list[int] | None) -> Tensor:
-        if flat is not None:
-            return torch.cat([torch.split(part, flat)[h] for h in order])
+        if flat is not None:  # rows, or blocks of as many rows each
+            own = [n * len(part) // sum(flat) for n in flat]
+            return torch.cat([torch.split(part, own)[h] for h in order])
         return part.unflatten(0, (H, -1))[order].flatten(0, 1)
 
     moved = dict(args)

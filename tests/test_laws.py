@@ -65,12 +65,18 @@ def test_count_is_exact_and_order_kept(recipe: str, budget: str, tmp_path: Path)
 def test_everything_kept_changes_nothing(recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:
     full = make_snapshot(**SIZES, dtype=dtype)
     same = shrunk(full, recipe, tmp_path / "a.kv.safetensors", "100%")
+    lossy = Recipe.parse(recipe).encode.stage.lossy
     for before, after in zip(full.rows, same.rows, strict=True):
-        assert torch.equal(before.k.view(torch.uint8), after.k.view(torch.uint8))
-        assert torch.equal(before.v.view(torch.uint8), after.v.view(torch.uint8))
+        for one, other in ((before.k, after.k), (before.v, after.v)):
+            assert one.dtype == other.dtype
+            # half a step of 4 bits over all the numbers of the layer
+            off = float(one.float().max() - one.float().min()) / 30 * 1.01 if lossy else 0.0
+            assert float((one.float() - other.float()).abs().max()) <= off
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)) != lossy
         assert torch.equal(before.pos, after.pos)
         assert after.bias is None or not bool(after.bias.any())
-    assert bool((same.extra["report"] == 0).all())
+    report = same.extra["report"]
+    assert bool(((report > 0) & (report < 0.2)).all() if lossy else (report == 0).all())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -12,7 +12,7 @@ LEVELS = [
     {"errors", "kernels", "stamp"},
     {"meta"},
     {"profiles"},
-    {"header", "snapshot", "options"},
+    {"codes", "header", "snapshot", "options"},
     {"budget", "device", "registry", "spool"},
     {"ledger"},
     {"probes", "receivers", "shares", "window"},
