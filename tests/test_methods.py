@@ -9,7 +9,7 @@ from kvcli.methods.adakv import share_layer
 from kvcli.methods.snapkv import snapkv
 from kvcli.methods.streamingllm import streamingllm
 from kvcli.pipeline import protect
-from kvcli.registry import Ask, Scored, named
+from kvcli.registry import Ask, Scored, named, stages
 from kvcli.snapshot import LayerKV, Stats, mask_index, top_mask
 from kvcli.window import smooth
 
@@ -72,3 +72,13 @@ def test_streamingllm_keeps_sinks_and_newest() -> None:
     scored = protect(streamingllm(kv, Stats(), ask), kv, ask)
     small, _ = named("evict")["reduce"](kv, Stats(), scored, torch.tensor([6]), ask)
     assert small.pos.tolist() == [[0, 1, 6, 7, 8, 9]]
+
+
+def test_every_method_says_where_it_comes_from() -> None:
+    ours = {"evict", "global", "random", "raw", "uniform", "int8"}
+    for stage in stages():
+        source = stage.source
+        assert (source.paper == "") == (stage.name in ours), stage.name
+        assert (source.year is None) == (source.paper == "") and (source.checked or stage.name in ours)
+        kinds = {other.source for other in stages() if other.name == stage.name}
+        assert len(kinds) == 1, stage.name

@@ -1,6 +1,7 @@
 """The shape of the code: sizes, direction of imports, one home for each library."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,32 @@ def code_lines(node: ast.FunctionDef) -> int:
 
 def test_there_is_a_first_line_that_says_what_a_file_is_for() -> None:
     assert not [path.name for path in FILES if path.read_text().strip() and not path.read_text().startswith('"""')]
+
+
+def test_no_method_knows_another() -> None:
+    methods = [path for path in FILES if path.parent.name == "methods"]
+    names = {f"kvcli.methods.{path.stem}" for path in methods} - {"kvcli.methods.__init__"}
+    assert len(names) > 25
+    for path in methods:
+        known = {
+            f"kvcli.methods.{node.module}" if node.level == 1 else node.module or ""
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+        }
+        assert not known & names, path.name
+    others = [path for path in FILES if path.parent.name != "methods" and "kernels" not in path.parts]
+    assert not [
+        path.name for path in others if re.search(r"[\"'](kvmerger|snapkv|h2o|cake|kivi|hack)[\"']", code(path))
+    ]
+
+
+def code(path: Path) -> str:
+    """A file without its docstrings and comments, and without the names the command line completes."""
+    return "" if path.name == "names.py" else ast.unparse(_bare(ast.parse(path.read_text())))
+
+
+def _bare(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
