@@ -1,7 +1,6 @@
 """Profiles: what a method has to know of a model beforehand, as JSON, one file a method and hash of weights."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from .errors import FormatError, InfeasibleError, MismatchError, StorageError
 from .meta import Json
 
+MOST = (2 - 2**-23) * 2.0**127  # beyond it float32 has no number
 SHIPPED = Path(__file__).parent / "methods/profiles"  # those of the default model
 
 
@@ -78,7 +78,7 @@ def _are_numbers(row: object, width: int) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= MOST  # type: ignore[arg-type]
 
 
 def save_profile(profile: Json) -> Path:

@@ -181,6 +181,7 @@ def test_zipvl_of_even_attention_and_of_nothing() -> None:
     for tau in (0.1, 0.5, 0.96, 0.975, 1.0):
         assert needed(remaining(torch.rand(1) * torch.ones(200)), tau) == math.ceil(round(tau * 200, 6))
     assert needed(remaining(torch.tensor([0.0, 1.0, 1e-30, 0.0])), 1.0) == 2
+    assert needed(remaining(torch.zeros(200)), 0.5) == 100
     small = torch.tensor([1.0, *[1e-12] * 9])  # beyond what 1 - x can tell apart in float32
     layers = [holding(0, 10, remaining(small)), holding(0, 10, remaining(small.square()))]
     assert shares(zipvl_share(layers, 11, ask(5, 10))) == [10, 1]

@@ -29,9 +29,9 @@ def zipvl_score(kv: LayerKV, stats: Stats, ask: Ask, *, tau: Share | None = None
 def remaining(mass: Tensor) -> Tensor:  # [N] -> [N] float32
     """The share of the mass in the k-th largest and all smaller ones, falling from 1.
 
-    Added up from the smallest, since what is left of 1 would be rounding.
+    Added up from the smallest, since what is left of 1 would be rounding. No mass at all counts as even.
     """
-    rising = mass.double().sort().values.cumsum(0)
+    rising = torch.where(mass.sum() > 0, mass, 1.0).double().sort().values.cumsum(0)
     return (rising / rising[-1]).flip(0).float()
 
 
