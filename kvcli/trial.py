@@ -10,8 +10,9 @@ from .model.load import Model
 from .model.observe import CUT, prefill
 from .model.prefix import Prefix
 from .model.resume import check_model, expected, question
+from .outline import outline_of
 from .snapshot import Snapshot
-from .storage import Reader, outline_of
+from .storage import Reader
 from .tasks.scores import SCORES, label
 from .tasks.task import Case, Question
 
