@@ -100,15 +100,18 @@ def check_segments(segments: Tensor | None, N: int) -> None:  # [S, 4]
         raise FormatError("the snapshot's tensor stat.segments is wrong", f"stretches must rise within 0 and {N}")
 
 
-def check_rows(index: int, rows: Rows, meta: Meta) -> None:
-    """FormatError where positions do not rise within the text, a span is below 1, or NaN turns up."""
-    rising, name, end = rows.pos[1:] > rows.pos[:-1], layer_name(index), meta.seq.next_pos
-    rising[rows.lens.cumsum(0)[:-1] - 1] = True  # where a head begins
-    if int(rows.pos.min()) < 0 or int(rows.pos.max()) >= end or not bool(rising.all()):
+def check_layer(index: int, lens: Tensor, parts: Mapping[str, Tensor | None], meta: Meta) -> None:
+    """FormatError where `pos` does not rise within the text, a `span` is below 1, or NaN turns up in another part."""
+    pos, span = parts["pos"], parts["span"]
+    if pos is None:
+        raise ValueError("entries have positions")
+    rising, name, end = pos[1:] > pos[:-1], layer_name(index), meta.seq.next_pos
+    rising[lens.cumsum(0)[:-1] - 1] = True  # where a head begins
+    if int(pos.min()) < 0 or int(pos.max()) >= end or not bool(rising.all()):
         raise FormatError(f"the snapshot's tensor {name}.pos is wrong", f"positions must rise within 0 and {end - 1}")
-    if rows.span is not None and int(rows.span.min()) < 1:
+    if span is not None and int(span.min()) < 1:
         raise FormatError(f"the snapshot's tensor {name}.span is wrong", "an entry stands for at least one token")
-    check_finite(index, k=rows.k, v=rows.v, bias=rows.bias)
+    check_finite(index, **{name: part for name, part in parts.items() if name not in ("pos", "span")})
 
 
 def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .header import Spec, encode_header, is_payload
 from .layers import layer_specs, requires_of, spec_of, with_digest
 from .meta import Meta
-from .snapshot import Stats
+from .snapshot import Snapshot, Stats
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,10 @@ class Outline:
 def hollow(stats: Stats) -> Stats:
     """The same shapes and dtypes without the numbers."""
     return Stats(**{name: part.to("meta") for name, part in stats.present().items()})
+
+
+def outline_of(snapshot: Snapshot) -> Outline:
+    """What a file will hold that has the whole snapshot in it, unencoded."""
+    meta, lens = replace(snapshot.meta, encode="raw"), [rows.lens for rows in snapshot.rows]
+    parts = frozenset(part for rows in snapshot.rows for part in ("bias", "span") if getattr(rows, part) is not None)
+    return Outline.of(meta, lens, parts, snapshot.stats, snapshot.extra)
