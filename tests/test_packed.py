@@ -55,7 +55,7 @@ def test_only_a_block_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     opened, rows = [0], Codes.rows
     monkeypatch.setattr(Codes, "rows", lambda self, *at: (opened.append(at[1] - at[0]), rows(self, *at))[1])
     found = results(packed_attention.cpu, args)
-    assert max(opened) == 1024 and sum(opened) == 2 * 9096
+    assert max(opened) == 2048 and sum(opened) == 2 * 9096
     monkeypatch.undo()
     check(found, results(packed_attention.ref, args), {**EXACT, torch.float32: 2e-5})
 
@@ -66,6 +66,7 @@ RECIPES = {
     "int8": None,
     "snapkv+adakv+kivi:bits_k=8,bits_v=4,group=8,residual=16": "60%",
     "kvmerger+adakv+kivi:first=0,residual=0,group=4": "50%",
+    "kvmerger+kivi:bits=2,group=8,residual=8": "50%",
     "snapkv+int8": 40,
 }
 
