@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Budget:
             per_head = N if size_of(N) <= limit else largest(limit, N - 1, size_of)
         if per_head >= 1:
             return per_head
-        smallest = f"{size_of(1)} bytes" if self.bytes else f"{float(Fraction(100, N)):.2g}%, one entry a head"
+        smallest = f"{size_of(1)} bytes" if self.bytes else f"{ceil(Fraction(10**5, N)) / 1000:g}%, one entry a head"
         raise InfeasibleError(
             f"--budget {self.text} leaves no entry for some of the {heads} heads",
             f"the document has {N} tokens",

@@ -18,7 +18,7 @@ from .outline import hollow
 from .plan import Plan, check_encoding, find_sliding, make_ask, make_outline
 from .recipe import Recipe, evicting
 from .registry import Ask, Scored
-from .snapshot import LayerKV, Snapshot, Stats, check_finite, collect_for
+from .snapshot import COLLECT, LayerKV, Snapshot, Stats, check_finite, collect_for, finite
 from .storage import Writer
 
 Tick = Callable[[int, int], None]
@@ -127,8 +127,9 @@ def _check_stats(recipe: Recipe, stats: Stats, layer: int, compressed: bool) -> 
     missing = [need for need in recipe.needs if need not in stats.present()]
     if missing:
         again = "; compress the full snapshot, or make this one again with kvcli compress --keep-stats"
-        asked = collect_for(missing)
-        how = f"kvcli score SNAPSHOT --collect {','.join(asked)} adds" if asked else "kvcli prefill DOC records"
+        asked = f" --collect {','.join(names)}" if (names := collect_for(missing)) else ""
+        later = {part for parts in COLLECT.values() for part in parts}.issuperset(missing)
+        how = f"kvcli score SNAPSHOT{asked} adds" if later else f"kvcli prefill DOC{asked} records"
         raise InfeasibleError(
             f"{recipe} needs {', '.join(missing)}, which layer {layer} of this snapshot does not have",
             "compressed files drop their statistics unless made with --keep-stats" if compressed else "",
@@ -164,6 +165,9 @@ def _write_layer(plan: Plan, i: int, kv: LayerKV, stats: Stats, out: Writer) -> 
         if not torch.equal(small.lens.cpu(), plan.outline.counts[i]):
             raise ValueError(f"{recipe.reduce.stage.name} did not return the asked number of entries")
     rows = small.rows()
+    if not all(part is None or finite(part) for part in (rows.k, rows.v, rows.bias)):
+        what = f"layer {i}: {recipe} makes numbers that {str(rows.v.dtype).removeprefix('torch.')} does not hold"
+        raise KvError(what, "entries that go are added to those that stay", "prefill with --dtype float32")
     payload = recipe.encode(small, kept, ask)
     for name, tensor in layer_tensors(i, payload, rows, plan.outline.parts[i], stats if plan.keep_stats else Stats()):
         out.put(name, tensor)

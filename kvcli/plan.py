@@ -84,11 +84,7 @@ def make_ask(
     N, H, L, lead = meta.seq.tokens, layout.heads, len(meta.held), meta.seq.lead
 
     def size_of(B: int) -> int:
-        # Heads that differ, so that the lengths of the heads are counted too; all of everything is laid out as it is.
-        uneven = torch.tensor([B + 1, *[B] * (H - 2), B - 1] if H > 1 < B < N else [B] * H)
-        counts = [sliding.get(i, uneven) for i in range(layout.layers)]
-        outline = make_outline(snapshot, recipe if B < N else evicting(recipe), counts, stats, entry)
-        return outline.file_bytes + (_more(recipe, B, uneven, outline) if B < N else 0)
+        return _bytes(snapshot, recipe, B, stats, sliding, entry)
 
     B = budget.per_head(N, L * H, size_of) if budget else N
     pairs = zip((recipe.sink, recipe.recent), protection(B, lead), strict=True)
@@ -103,6 +99,24 @@ def make_ask(
         if "check" in step.stage.parts:
             step.part("check", ask)
     return ask
+
+
+def _bytes(
+    snapshot: Snapshot, recipe: Recipe, B: int, stats: Sequence[Stats], sliding: dict[int, Tensor], entry: Json
+) -> int:
+    """The most that the file takes for B entries a head, in whatever heads they lie.
+
+    All of a full document is laid out as it is; what is left of a compressed one may lie anyhow.
+    """
+    meta, layout = snapshot.meta, snapshot.meta.layout
+    N, H = meta.seq.tokens, layout.heads
+    whole = B == N and not meta.history
+    # Heads that differ, so that their lengths and the positions are counted too.
+    uneven = [B + 1, *[B] * (H - 2), B - 1] if H > 1 < B else [B + (B == N)] * H
+    lens = torch.tensor([N] * H if whole else uneven)
+    counts = [sliding.get(i, lens) for i in range(layout.layers)]
+    outline = make_outline(snapshot, recipe if B < N else evicting(recipe), counts, stats, entry)
+    return outline.file_bytes + (0 if whole else _more(recipe, B, lens, outline))
 
 
 def _more(recipe: Recipe, B: int, lens: Tensor, outline: Outline) -> int:

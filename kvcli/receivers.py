@@ -103,7 +103,7 @@ def fold(
     span = (span + sums(more.double())).int().masked_fill(~kept.real, 0)
     bias = kept.bias
     if keys and kv.bias is not None and bias is not None:
-        mean = (bias.exp() + sums(kv.bias[source].exp())) / (1 + to.size)
-        bias = torch.where(joined, mean.log(), bias)
+        mean = (bias.double().exp() + sums(kv.bias[source].double().exp())) / (1 + to.size)
+        bias = torch.where(joined, mean.log().float(), bias)
     k = merged(kv.k, kept.k) if keys else kept.k
     return LayerKV(k, merged(kv.v, kept.v), kept.pos, bias, span)

@@ -60,7 +60,7 @@ def compresskv_share(
     must = torch.stack([part.low.amax() for part in scored]).cpu()
     held = torch.stack([part.high.amin() for part in scored]).cpu()
     low = must.clamp(min=min(least, ask.B)).minimum(held)
-    high = held.clamp(max=max(ask.B, int(most * ask.B))).maximum(low)
+    high = held.clamp(max=max(ask.B, int(min(most * ask.B, ask.N)))).maximum(low)
     return by_layer(swept(error, ask.B * len(scored), low, high), scored, n)
 
 

@@ -71,10 +71,10 @@ def kvmerger(
     if freq is not None:
         k = torch.where(size[:, None] > 1, rotate(k, kv.pos[at], freq).to(kv.k.dtype), kv.k[at])
     k = kv.k[at] if keys == "pivot" else k
-    weight = size.float() if kv.bias is None else _sums(kv.bias[real].exp(), size)  # [E] what a run weighs in a softmax
+    weight = size.log() if kv.bias is None else _sums(kv.bias[real].double().exp(), size).log().float()  # [E]
     if values == "count":
         v = (v.float() * size[:, None]).to(v.dtype)
-    bias = weight.log() if values == "logcount" else None if kv.bias is None else (weight / size).log()
+    bias = weight if values == "logcount" else None if kv.bias is None else weight - size.log()
     span = size if kv.span is None else _sums(kv.span[real].double(), size)
     merged = LayerKV.from_rows(Rows(k, v, kv.pos[at], lens, bias, span.int()))
     index = torch.full(merged.pos.shape, -1, device=k.device)
