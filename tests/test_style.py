@@ -11,10 +11,9 @@ FILES = sorted([*(ROOT / "kvcli").glob("*.py"), *(ROOT / "kvcli").glob("[!k]*/*.
 LEVELS = [
     {"errors", "kernels", "stamp"},
     {"meta"},
-    {"profiles"},
     {"header", "snapshot", "options"},
     {"budget", "device", "registry", "spool"},
-    {"ledger"},
+    {"ledger", "profiles"},
     {"probes", "receivers", "shares", "window"},
     {"methods", "recipe"},
     {"layers"},
