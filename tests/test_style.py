@@ -12,10 +12,9 @@ FILES = sorted([*(ROOT / "kvcli").glob("*.py"), *(ROOT / "kvcli").glob("[!k]*/*.
 LEVELS = [
     {"errors", "kernels", "stamp"},
     {"meta"},
-    {"profiles"},
     {"codes", "header", "snapshot", "options"},
     {"budget", "device", "registry", "spool"},
-    {"ledger"},
+    {"ledger", "profiles"},
     {"probes", "receivers", "shares", "window"},
     {"methods", "recipe"},
     {"layers"},

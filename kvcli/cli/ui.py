@@ -74,7 +74,7 @@ def output_options(command: F) -> F:
 
     def collect(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         given = ctx.meta.setdefault("kvcli.ui", {})
-        given[param.name] = value
+        given[param.name] = value or given.get(param.name, False)  # of a group, or of the command in it
         return value
 
     for option in (
