@@ -208,7 +208,7 @@ def test_snapshots_are_averaged_and_must_be_full_and_of_one_model() -> None:
     once = replace(full[1].meta, history=({"recipe": "random", "budget": "50%"},))
     with pytest.raises(InfeasibleError, match="c: the snapshot is compressed"):
         from_snapshots("hack", [full, ("c", replace(full[1], meta=once))])
-    with pytest.raises(InfeasibleError, match="c: .* no queries"):
+    with pytest.raises(InfeasibleError, match=r"c: .* no queries"):
         from_snapshots("hack", [full, ("c", make_snapshot(stats=False))])
 
 
