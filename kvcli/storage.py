@@ -25,6 +25,7 @@ from .layers import (
     layer_tensors,
     requires_of,
     spec_of,
+    stored_shapes,
     with_digest,
 )
 from .meta import Meta
@@ -199,7 +200,7 @@ class Reader:
 
     def _payload(self, index: int, lens: Tensor) -> list[str]:  # [H]
         """The names of the layer's encoded keys and values, all of them present with the right shape."""
-        shapes = self._encoder.part("shapes", lens.tolist(), self.meta.layout)
+        shapes = stored_shapes(self._encoder, index, lens, self.meta.layout, self._part(index, "hi"))
         for part, (dtype, shape) in shapes.items():
             expect(self.header, f"{layer_name(index)}.{part}", dtype, tuple(shape), needed=True)
         return list(shapes)

@@ -31,4 +31,5 @@ METHODS = (
     "uniform",
     "weightedkv",
     "zipvl",
+    "zipvl-mixed",
 )
