@@ -7,6 +7,7 @@ import click
 
 from ..errors import UsageError
 from . import streams
+from .names import CALIBRATED
 from .ui import Ui, clean, complete_after, current, model_options, output_options, uses_kernels
 
 if TYPE_CHECKING:
@@ -18,7 +19,12 @@ SHOWN = 8  # heads, and layers at either end
 @click.command("calibrate", short_help="Measure what a method has to know of a model.")
 @click.argument("files", nargs=-1, metavar="[SNAPSHOT|-]...", type=click.Path())
 @click.option(
-    "--for", "method", required=True, metavar="METHOD", help="Whose profile.", shell_complete=complete_after("+")
+    "--for",
+    "method",
+    required=True,
+    metavar="METHOD",
+    help="Whose profile: " + ", ".join(CALIBRATED) + ".",
+    shell_complete=complete_after("+", CALIBRATED),
 )
 @click.option("--tokens", type=click.IntRange(1), help="Of a document the model answers questions about [1000].")
 @click.option("--documents", type=click.IntRange(1), default=6, show_default=True, help="How many, six facts in each.")

@@ -1,4 +1,4 @@
-"""Names of methods for help and completion, so that these need no torch. Written by `make docs`."""
+"""Names for help and completion, so that these need no torch. Written by `make docs`."""
 
 METHODS = (
     "adakv",
@@ -32,4 +32,12 @@ METHODS = (
     "weightedkv",
     "zipvl",
     "zipvl-mixed",
+)
+CALIBRATED = (
+    "compresskv",
+    "hack",
+)
+STATISTICS = (
+    "norms",
+    "moments",
 )

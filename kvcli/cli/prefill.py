@@ -67,7 +67,7 @@ class Base:
     "--probe", metavar="TEXT", help="A likely question, run behind the document: compress keeps what it asks."
 )
 @click.option("--truncate", is_flag=True, help="Cut a document that is too long, leaving room for question and answer.")
-@collect_option("norms, moments")
+@collect_option()
 @segments_option
 @click.option("--chunk", type=click.IntRange(1), default=1024, show_default=True, help="Tokens read at a time.")
 @model_options
