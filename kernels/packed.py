@@ -20,7 +20,7 @@ from .launch import triton
 from .op import Op, random, strained
 from .packed_card import packed_attention_fused
 
-BLOCK = 1024  # entries opened at once on the CPU
+BLOCK = 2048  # entries opened at once on the CPU
 
 
 def packed_attention_ref(

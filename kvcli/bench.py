@@ -9,7 +9,7 @@ from pathlib import Path
 from . import tally
 from .document import Document, naming
 from .errors import KvError, StorageError
-from .evaluate import FULL, Grid, Name, Unit, Work, digest, evaluate, named
+from .evaluate import FULL, Grid, Name, Unit, Work, digest, evaluate, named, need_questions
 from .header import summary
 from .ledger import Row
 from .model.answer import Sampling, answer
@@ -66,7 +66,9 @@ class Bench:
         }
 
     def check(self, document: Document) -> None:
-        """Raise InfeasibleError where the model's context has no room for the question."""
+        """Raise InfeasibleError where the model's context has no room for the question; see also `need_questions`."""
+        if self.known:
+            need_questions(self.works.get(document.name, ()))
         ids = question_ids(self.model.tokenizer, PROMPT, "", document.tail)
         with naming(document.name):
             check_room(self.model, document.tokens, len(ids), ANSWER.n)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .document import naming
 from .errors import InfeasibleError, MismatchError, UsageError
 from .kernels.window import window_scores
 from .meta import Json
@@ -146,22 +147,25 @@ def _few(recipe: Recipe, layer: Watched, index: int, profile: Json) -> LayerKV:
     return few
 
 
-def from_snapshots(method: str, snapshots: Iterable[Snapshot]) -> Json:
+def from_snapshots(method: str, snapshots: Iterable[tuple[str, Snapshot]]) -> Json:
     """How much the attention of each head varies between queries spread over the document, mean over the snapshots.
 
+    snapshots: with their names, for messages.
     Raises MismatchError for snapshots of several models, InfeasibleError for one that is compressed or too short.
     """
     tables, about = list[list[Tensor | None]](), dict[str, str]()
-    for snapshot in snapshots:
+    for name, snapshot in snapshots:
         mine = {"weights": snapshot.meta.model["weights"], "model": snapshot.meta.model["id"]}
-        if (about or mine)["weights"] != mine["weights"]:
-            what = f"the snapshots are of two models, {about['model']} and {mine['model']}"
-            raise MismatchError(what, "their weights differ", "calibrate on snapshots of one of them")
-        if snapshot.meta.history:
-            raise InfeasibleError("a snapshot is compressed", "what was dropped shows no variation", "name a full one")
+        with naming(name):
+            if (about or mine)["weights"] != mine["weights"]:
+                what = f"it is of another model than those before, {mine['model']} and not {about['model']}"
+                raise MismatchError(what, "their weights differ", "calibrate on snapshots of one of them")
+            if snapshot.meta.history:
+                why = "what was dropped shows no variation"
+                raise InfeasibleError("the snapshot is compressed", why, "name a full one")
+            held = snapshot.meta.held
+            tables.append([variation(snapshot, i) if i in held else None for i in range(len(snapshot.rows))])
         about = mine
-        held = snapshot.meta.held
-        tables.append([variation(snapshot, i) if i in held else None for i in range(len(snapshot.rows))])
     # A layer that slides over one of the documents is not known.
     found = [[part for part in layer if part is not None] for layer in zip(*tables, strict=True)]
     sigma = [_rounded(torch.stack(each).mean(0)) if len(each) == len(tables) else None for each in found]
@@ -177,7 +181,7 @@ def variation(snapshot: Snapshot, index: int) -> Tensor:  # -> [H] float64
     kv, stats, layout = snapshot.layer(index), snapshot.stats[index], snapshot.meta.layout
     q, q_pos = stats.q_probe, stats.q_probe_pos
     if q is None or q_pos is None or len(q_pos) < 2:
-        what = f"layer {index} of a snapshot has no queries spread over the document, or a single one"
+        what = f"layer {index} of the snapshot has no queries spread over the document, or a single one"
         raise InfeasibleError(what, fix="kvcli prefill DOC records them")
     rest = kv.bias, layout.scale, layout.softcap, stats.sink_logit, True
     spread = window_scores(q, q_pos, kv.k, kv.pos, *rest)[2].double()

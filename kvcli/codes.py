@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .errors import KvError
 from .kernels.codes import Codes, pack
+from .snapshot import Rows
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,41 @@ class Split:
     whole_k: Tensor  # [E - C, D]
     whole_v: Tensor  # [E - C, Dv]
 
+    @property
+    def numbers(self) -> dict[str, Tensor | None]:
+        """All that has to be finite, by name."""
+        scales = {"k.scale": self.k.scale, "k.zero": self.k.zero, "v.scale": self.v.scale, "v.zero": self.v.zero}
+        return {"k": self.whole_k, "v": self.whole_v, **scales}
+
     def rows(self) -> tuple[Tensor, Tensor]:  # [E, D], [E, Dv]
         """All entries, in the dtype of those that are whole."""
         both = zip((self.k, self.v), (self.whole_k, self.whole_v), strict=True)
         k, v = (self._joined(codes.rows(), whole) for codes, whole in both)
         return k, v
 
+    def layer(self, pos: Tensor, lens: Tensor, bias: Tensor | None) -> "Coded":  # [E], [H], [E]
+        """The same for attention that reads codes as they are."""
+        counts = torch.stack([part.sum() for part in torch.split(self.coded, lens.tolist())]).cpu()
+        of_whole, of_codes = (None if bias is None else bias[at] for at in (~self.coded, self.coded))
+        whole = Rows(self.whole_k, self.whole_v, pos[~self.coded], lens - counts, of_whole)
+        return Coded(whole, self.k, self.v, pos[self.coded], lens, of_codes)
+
     def _joined(self, rows: Tensor, whole: Tensor) -> Tensor:
         joined = whole.new_empty(len(self.coded), whole.shape[1])
         joined[self.coded], joined[~self.coded] = rows.to(whole.dtype), whole
         return joined
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One layer as it is resumed from: entries that are whole, and head after head those that are codes."""
+
+    whole: Rows  # a head may have none
+    k: Codes  # [C, D]
+    v: Codes  # [C, Dv]
+    pos: Tensor  # [C] int32
+    lens: Tensor  # [H] int64, entries a head of both kinds, on the CPU
+    bias: Tensor | None = None  # [C] float32
 
 
 def quantised(x: Tensor, bits: int, gt: int, gc: int) -> Codes:  # [E, D]

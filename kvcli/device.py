@@ -5,21 +5,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from typing import TypeVar
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import InfeasibleError, KvError, UsageError
-from .snapshot import Rows, Snapshot, Stats
+from .snapshot import Lazy, Snapshot, Stats
 
 CPU = torch.device("cpu")
 
-Pair = tuple[Rows, Stats]
-Layer = tuple[int, Rows, Stats]
+Pair = tuple[Any, Stats]
+Layer = tuple[int, Any, Stats]  # Rows, or Coded where that is asked for
 Sent = tuple[Pair, torch.cuda.Event]
-Part = TypeVar("Part", Rows, Stats)
+Part = TypeVar("Part")
 
 
 def find_device(text: str) -> torch.device:
@@ -40,16 +40,20 @@ def find_device(text: str) -> torch.device:
 
 
 @contextmanager
-def ahead(snapshot: Snapshot, device: torch.device, *, stats: bool = True) -> Iterator[Iterator[Layer]]:
+def ahead(snapshot: Snapshot, device: torch.device, *, resuming: bool = False) -> Iterator[Iterator[Layer]]:
     """All layers in turn, on the device but for the lengths of heads; let go of each before you ask for the next.
 
     For a card the next one is read by a thread into pinned memory and copied on a stream of its own while the last is
     worked on, and what is there already is not copied. On the CPU nothing is read ahead: it would be one layer more in
-    memory, and whoever reads verifies digests and numbers, on the cores that the work is done by. `stats`: read them.
+    memory, and whoever reads verifies digests and numbers, on the cores that the work is done by.
+
+    resuming: codes stay codes, and statistics are not read.
     """
+    rows = snapshot.rows
+    layer = rows.compact if resuming and isinstance(rows, Lazy) else rows.__getitem__
 
     def read(i: int) -> Pair:
-        return snapshot.rows[i], snapshot.stats[i] if stats else Stats()
+        return layer(i), Stats() if resuming else snapshot.stats[i]
 
     layers = range(len(snapshot.rows))
     if device.type != "cuda":
@@ -103,9 +107,13 @@ def _arrived(coming: "Future[Sent]", device: torch.device) -> Pair:
     layer, copied = coming.result()
     now = torch.cuda.current_stream(device)
     now.wait_event(copied)
-    for tensor in (*_tensors(layer[0]).values(), *_tensors(layer[1]).values()):
-        tensor.record_stream(now)  # its memory is not given to the next copy before the work is done
+    _moved(layer, lambda tensor: _kept(tensor, now))
     return layer
+
+
+def _kept(tensor: Tensor, now: torch.cuda.Stream) -> Tensor:
+    tensor.record_stream(now)  # its memory is not given to the next copy before the work is done
+    return tensor
 
 
 def _moved(layer: Pair, change: Callable[[Tensor], Tensor]) -> Pair:
@@ -113,10 +121,12 @@ def _moved(layer: Pair, change: Callable[[Tensor], Tensor]) -> Pair:
 
 
 def _each(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
-    return replace(part, **{name: change(tensor) for name, tensor in _tensors(part).items()})
-
-
-def _tensors(part: Rows | Stats) -> dict[str, Tensor]:
-    """By name, all but the lengths of heads, by which the CPU decides what is done."""
-    found = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "lens"}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    """With all tensors changed but the lengths of heads, by which the CPU decides what is done."""
+    changed: dict[str, Any] = {}
+    for field in fields(part):  # type: ignore[arg-type]
+        held = getattr(part, field.name)
+        if isinstance(held, Tensor) and field.name != "lens":
+            changed[field.name] = change(held)
+        elif is_dataclass(held):
+            changed[field.name] = _each(held, change)
+    return replace(part, **changed)  # type: ignore[type-var]

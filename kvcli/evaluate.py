@@ -114,14 +114,19 @@ def named(recipe: Recipe, budget: Budget | None) -> Name:
     return str(recipe), budget.text if budget else ""
 
 
+def need_questions(works: Sequence[Work]) -> None:
+    """Raise UsageError where none could be known beforehand."""
+    if any(not work.case.questions for work in works):
+        raise UsageError("--known is about questions", "a text that is expected asks none", "leave out ppl, or --known")
+
+
 def evaluate(model: Model, works: Sequence[Work], grid: Grid, done: Collection[Key] = ()) -> Iterator[Unit]:
     """Measure every document under every method that is not done yet. Errors a user can act on become units.
 
-    Memory is the model, one full snapshot and one compressed one. Raises UsageError for known questions where there
-    are none.
+    Memory is the model, one full snapshot and one compressed one. Raises as `need_questions` does.
     """
-    if grid.known and any(not work.case.questions for work in works):
-        raise UsageError("--known is about questions", "a text that is expected asks none", "leave out ppl, or --known")
+    if grid.known:
+        need_questions(works)
     blank: dict[bool, Prefix] = {}
     for work in works:
         left = [name for name in work.names(grid) if work.key(name) not in done]

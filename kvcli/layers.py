@@ -10,8 +10,9 @@ from xxhash import xxh3_128_hexdigest
 
 from .errors import FormatError, UsageError
 from .header import DTYPE_BYTES, Spec, layer_name
-from .meta import Meta
+from .meta import Layout, Meta
 from .recipe import Recipe, Step
+from .registry import Shapes
 from .snapshot import Rows, Stats, check_finite
 
 _ODD = {"BOOL": torch.bool, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -39,15 +40,37 @@ def requires_of(specs: Iterable[Spec], encode: str) -> tuple[str, ...]:
     return tuple(sorted(features | ({f"encode:{encode.split(':')[0]}/1"} - {"encode:raw/1"})))
 
 
-def layer_specs(index: int, lens: list[int], meta: Meta, parts: frozenset[str], stats: Stats) -> list[Spec]:
+def layer_specs(
+    index: int,
+    lens: list[int],
+    meta: Meta,
+    parts: frozenset[str],
+    stats: Stats,
+    first: list[int] | None = None,  # [H], where the encoder splits heads
+) -> list[Spec]:
     """The tensors of a layer with `lens` entries in its heads, in file order; `parts` of PARTS are stored."""
     entries = (len(lens), lens[0]) if len(set(lens)) == 1 else (sum(lens),)
-    found = dict(encoder(meta.encode).part("shapes", lens, meta.layout))
+    split = [] if first is None else [first]
+    found = dict(encoder(meta.encode).part("shapes", lens, meta.layout, *split))
     if len(entries) == 1:
         found["len"] = ("I32", (len(lens),))
     found |= {part: (dtype, entries) for part, dtype in PARTS.items() if part in parts}
     found |= {f"stat.{name}": (NAMES[part.dtype], part.shape) for name, part in stats.present().items()}
     return [Spec(f"{layer_name(index)}.{name}", dtype, tuple(shape)) for name, (dtype, shape) in found.items()]
+
+
+def stored_shapes(step: Step, index: int, lens: Tensor, layout: Layout, hi: Tensor | None) -> Shapes:  # [H], [H]
+    """What a layer of this encoding holds; `hi` says how many entries of each head come first, if it splits them.
+
+    Raises FormatError where it does not.
+    """
+    if "split" not in step.stage.parts:
+        return dict(step.part("shapes", lens.tolist(), layout))
+    fits = hi is not None and hi.dtype == torch.int32 and hi.shape == lens.shape
+    if hi is None or not fits or not bool(((hi >= 0) & (hi <= lens)).all()):
+        what = f"the snapshot's tensor {layer_name(index)}.hi is wrong"
+        raise FormatError(what, f"it must say how many of the entries {lens.tolist()} come first")
+    return dict(step.part("shapes", lens.tolist(), layout, hi.tolist()))
 
 
 def layer_tensors(
@@ -100,15 +123,18 @@ def check_segments(segments: Tensor | None, N: int) -> None:  # [S, 4]
         raise FormatError("the snapshot's tensor stat.segments is wrong", f"stretches must rise within 0 and {N}")
 
 
-def check_rows(index: int, rows: Rows, meta: Meta) -> None:
-    """FormatError where positions do not rise within the text, a span is below 1, or NaN turns up."""
-    rising, name, end = rows.pos[1:] > rows.pos[:-1], layer_name(index), meta.seq.next_pos
-    rising[rows.lens.cumsum(0)[:-1] - 1] = True  # where a head begins
-    if int(rows.pos.min()) < 0 or int(rows.pos.max()) >= end or not bool(rising.all()):
+def check_layer(index: int, lens: Tensor, parts: Mapping[str, Tensor | None], meta: Meta) -> None:
+    """FormatError where `pos` does not rise within the text, a `span` is below 1, or NaN turns up in another part."""
+    pos, span = parts["pos"], parts["span"]
+    if pos is None:
+        raise ValueError("entries have positions")
+    rising, name, end = pos[1:] > pos[:-1], layer_name(index), meta.seq.next_pos
+    rising[lens.cumsum(0)[:-1] - 1] = True  # where a head begins
+    if int(pos.min()) < 0 or int(pos.max()) >= end or not bool(rising.all()):
         raise FormatError(f"the snapshot's tensor {name}.pos is wrong", f"positions must rise within 0 and {end - 1}")
-    if rows.span is not None and int(rows.span.min()) < 1:
+    if span is not None and int(span.min()) < 1:
         raise FormatError(f"the snapshot's tensor {name}.span is wrong", "an entry stands for at least one token")
-    check_finite(index, k=rows.k, v=rows.v, bias=rows.bias)
+    check_finite(index, **{name: part for name, part in parts.items() if name not in ("pos", "span")})
 
 
 def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:

@@ -9,7 +9,7 @@ from .errors import FormatError
 
 FORMAT = "1.0"
 # Features a reader must know; a file that requires another is refused by name.
-KNOWN = frozenset({"ragged", "bias", "span", "encode:raw/1", "encode:int8/1", "encode:kivi/1"})
+KNOWN = frozenset({"ragged", "bias", "span", "encode:raw/1", "encode:int8/1", "encode:kivi/1", "encode:zipvl-mixed/1"})
 
 Json = Mapping[str, Any]
 

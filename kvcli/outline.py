@@ -8,7 +8,7 @@ from torch import Tensor
 from .header import Spec, encode_header, is_payload
 from .layers import layer_specs, requires_of, spec_of, with_digest
 from .meta import Meta
-from .snapshot import Stats
+from .snapshot import Snapshot, Stats
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,18 @@ class Outline:
         parts: frozenset[str],
         stats: Sequence[Stats],
         extra: Mapping[str, Tensor],
+        first: Sequence[Tensor] = (),
     ) -> "Outline":
         """Lay out ids, then the layers, then the tensors of the whole file; `requires` follows from the content.
 
         parts: of bias and span, for all layers; positions are stored where some token has no entry of its own.
+        first: [H] a layer, where the encoder splits heads.
         """
         specs, N = [Spec("ids", "I32", (meta.seq.tokens,))], meta.seq.tokens
         each = [parts | ({"pos"} if bool((count != N).any()) else set()) for count in counts]
         for i, count in enumerate(counts):
-            specs += layer_specs(i, count.tolist(), meta, each[i], stats[i] if stats else Stats())
+            split = first[i].tolist() if first else None
+            specs += layer_specs(i, count.tolist(), meta, each[i], stats[i] if stats else Stats(), split)
         specs += [spec_of(name, tensor) for name, tensor in extra.items()]
         return cls(replace(meta, requires=requires_of(specs, meta.encode)), counts, each, tuple(specs))
 
@@ -65,3 +68,10 @@ class Outline:
 def hollow(stats: Stats) -> Stats:
     """The same shapes and dtypes without the numbers."""
     return Stats(**{name: part.to("meta") for name, part in stats.present().items()})
+
+
+def outline_of(snapshot: Snapshot) -> Outline:
+    """What a file will hold that has the whole snapshot in it, unencoded."""
+    meta, lens = replace(snapshot.meta, encode="raw"), [rows.lens for rows in snapshot.rows]
+    parts = frozenset(part for rows in snapshot.rows for part in ("bias", "span") if getattr(rows, part) is not None)
+    return Outline.of(meta, lens, parts, snapshot.stats, snapshot.extra)

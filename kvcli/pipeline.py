@@ -64,7 +64,8 @@ def make_plans(
     plans = []
     for ask, mine, entry in zip(asks, scored, entries, strict=True):
         counts, used = _allocate(recipe, mine, lens, ask)
-        plans.append(Plan(used, ask, mine, make_outline(snapshot, used, counts, stats, entry), keep_stats, device))
+        outline = make_outline(snapshot, used, counts, stats, entry, mine)
+        plans.append(Plan(used, ask, mine, outline, keep_stats, device))
     return plans
 
 

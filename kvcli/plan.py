@@ -130,7 +130,12 @@ def _more(recipe: Recipe, B: int, lens: Tensor, outline: Outline) -> int:
 
 
 def make_outline(
-    snapshot: Snapshot, recipe: Recipe, counts: Sequence[Tensor], stats: Sequence[Stats], entry: Json
+    snapshot: Snapshot,
+    recipe: Recipe,
+    counts: Sequence[Tensor],
+    stats: Sequence[Stats],
+    entry: Json,
+    scored: Sequence[Scored | None] = (),
 ) -> Outline:
     """What the file will hold: `counts` entries in the heads of each layer."""
     parts = {*recipe.reduce.stage.adds(**recipe.reduce.options), *({"bias", "span"} & {*snapshot.meta.requires})}
@@ -139,4 +144,8 @@ def make_outline(
     entry = {**entry, "entries": sum(int(counts[i].sum()) for i in held), "of": of}
     meta = replace(snapshot.meta, history=(*snapshot.meta.history, entry), encode=recipe.encode.text)
     extra = {**snapshot.lasting, "report": torch.empty(len(counts), 4)}
-    return Outline.of(meta, counts, frozenset(parts), stats, extra)
+    first: list[Tensor] = []
+    if "split" in recipe.encode.stage.parts:
+        pairs = zip(scored or [None] * len(counts), counts, strict=True)
+        first = [recipe.encode.part("split", part, count) for part, count in pairs]
+    return Outline.of(meta, counts, frozenset(parts), stats, extra, first)

@@ -25,3 +25,17 @@ def probe_mass(kv: LayerKV, stats: Stats, ask: Ask) -> tuple[Tensor, Tensor]:  #
     mass = over_heads(kv, each, ask.N)
     seen = (torch.arange(ask.N, device=q_pos.device) <= q_pos[:, None]).sum(0)
     return mass, mass / seen.clamp(min=1)
+
+
+def remaining(mass: Tensor) -> Tensor:  # [N] -> [N] float32
+    """The share of the mass in the k-th largest and all smaller ones, falling from 1.
+
+    Added up from the smallest, since what is left of 1 would be rounding. No mass at all counts as even.
+    """
+    rising = torch.where(mass.sum() > 0, mass, 1.0).double().sort().values.cumsum(0)
+    return (rising / rising[-1]).flip(0).float()
+
+
+def needed(rest: Tensor, tau: float) -> int:  # [N]
+    """The fewest that hold the share `tau`: as long as more than 1 - tau is left, in float32, one more."""
+    return int((rest > 1 - tau).sum())

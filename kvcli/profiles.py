@@ -9,9 +9,10 @@ from typing import Any
 
 from .errors import FormatError, InfeasibleError, MismatchError, StorageError
 from .meta import Json
+from .spool import blaming, open_output
 
-MOST = (2 - 2**-23) * 2.0**127  # beyond it float32 has no number
 SHIPPED = Path(__file__).parent / "methods/profiles"  # those of the default model
+LARGEST = 1e30  # of a number in a profile, so that float32 holds it
 
 
 def home() -> Path:
@@ -34,7 +35,7 @@ def load_profile(method: str, weights: str) -> Json:
     shipped = SHIPPED / _folder(weights) / f"{method}.json"
     path = next((path for path in (profile_path(method, weights), shipped) if path.is_file()), None)
     if path is None:
-        why = f"it needs to be calibrated on the model once; looked in {profile_path(method, weights).parent}"
+        why = f"the model that made the snapshot is calibrated once; looked in {profile_path(method, weights).parent}"
         raise InfeasibleError(f"{method} has no profile of this model", why, f"kvcli calibrate --for {method}")
     return read_profile(path, method, weights)
 
@@ -78,20 +79,17 @@ def _are_numbers(row: object, width: int) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= MOST  # type: ignore[arg-type]
+    return type(value) in (int, float) and -LARGEST < value < LARGEST  # type: ignore[operator]
 
 
 def save_profile(profile: Json) -> Path:
     """Keep a profile, which names its `method` and `weights`, and return its path. Raises StorageError."""
     path = profile_path(profile["method"], profile["weights"])
-    temp = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    data = (json.dumps(profile, sort_keys=True, indent=1) + "\n").encode()
+    with blaming("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temp.write_text(json.dumps(profile, sort_keys=True, indent=1) + "\n")
-        temp.replace(path)
-    except OSError as cause:
-        temp.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}", cause.strerror or "") from cause
+    with open_output(path, len(data), force=True) as write:
+        write(data)
     return path
 
 

@@ -156,8 +156,16 @@ class Stage:
         return fn
 
     def shapes(self, fn: Callable[..., Shapes]) -> Callable[..., Shapes]:
-        """Register what an encoder will write: (lens, layout, **options) -> {name: (dtype, shape)}."""
+        """Register what an encoder will write: (lens, layout, **options) -> {name: (dtype, shape)}.
+
+        With `split` it is (lens, layout, first, **options), and `hi` I32 [H] is among what it writes.
+        """
         self.parts["shapes"] = fn
+        return fn
+
+    def split(self, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Register (scored, lens [H], **options) -> [H] int64: the entries that are treated better than others."""
+        self.parts["split"] = fn
         return fn
 
 

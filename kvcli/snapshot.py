@@ -208,10 +208,13 @@ def check_finite(layer: int, **parts: Tensor | None) -> None:
 
 
 class Lazy(Sequence[T]):
-    """What `read` gives for each of `indices`, when it is asked for."""
+    """What `read` gives for each of `indices`, when it is asked for.
 
-    def __init__(self, indices: range, read: Callable[[int], T]) -> None:
-        self._indices, self._read = indices, read
+    compact: gives the same in fewer bytes, in a form of its own.
+    """
+
+    def __init__(self, indices: range, read: Callable[[int], T], compact: Callable[[int], Any] | None = None) -> None:
+        self._indices, self._read, self.compact = indices, read, compact or read
 
     def __len__(self) -> int:
         return len(self._indices)

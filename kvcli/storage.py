@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 from weakref import finalize
@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128
 
+from .codes import Coded, Split
 from .errors import FormatError
 from .header import Entry, Spec, encode_header, entry_shape, expect, layer_name
 from .layers import (
     DTYPES,
     PARTS,
     check_globals,
-    check_rows,
+    check_layer,
     check_stats,
     encoder,
     layer_tensors,
     requires_of,
     spec_of,
+    stored_shapes,
     with_digest,
 )
 from .meta import Meta
-from .outline import Outline
+from .outline import outline_of
 from .snapshot import Lazy, Rows, Snapshot, Stats
 from .spool import BLOCK, Source, blaming, header_at, open_input, open_output, shown
 
@@ -82,13 +84,6 @@ class Writer:
         self._digests += digest.digest()
 
 
-def outline_of(snapshot: Snapshot) -> Outline:
-    """What a file will hold that has the whole snapshot in it, unencoded."""
-    meta, lens = replace(snapshot.meta, encode="raw"), [rows.lens for rows in snapshot.rows]
-    parts = frozenset(part for rows in snapshot.rows for part in ("bias", "span") if getattr(rows, part) is not None)
-    return Outline.of(meta, lens, parts, snapshot.stats, snapshot.extra)
-
-
 def write_snapshot(snapshot: Snapshot, target: Source, force: bool = False) -> int:
     """Write a whole snapshot as it is, unencoded, and return its size in bytes.
 
@@ -140,7 +135,7 @@ class Reader:
         known = {"ids", "digest"}.union(*(self._known(i) for i in layers))
         extra = {e.name: self.tensor(e.name) for e in self.header.entries if e.name not in known}
         ids = check_globals(self.tensor("ids"), extra, self.meta)
-        return Snapshot(self.meta, ids, Lazy(layers, self.rows), Lazy(layers, self.stats), extra)
+        return Snapshot(self.meta, ids, Lazy(layers, self.rows, self.compact), Lazy(layers, self.stats), extra)
 
     def verify(self, tick: Tick = lambda done, total: None) -> dict[str, Any]:
         """Read what was not read yet and say what the file holds; FormatError names the first damaged tensor."""
@@ -166,24 +161,38 @@ class Reader:
 
     def rows(self, index: int) -> Rows:
         """A layer, decoded, in memory of its own."""
-        lens, dtype = self._lens(index), DTYPES[self.meta.layout.dtype]
-        payload = {name: self._part(index, name) for name in self._payload(index, lens)}
-        k, v = self._encoder.part("decode", payload, lens)
-        bias, span = self._part(index, "bias"), self._part(index, "span")
-        bias, span = (part if part is None else part.flatten() for part in (bias, span))
-        pos = self._part(index, "pos")
-        if pos is None:
-            pos = torch.arange(self.meta.seq.tokens, dtype=torch.int32).repeat(len(lens))
-        rows = Rows(k.to(dtype), v.to(dtype), pos.flatten(), lens, bias, span)
-        if index not in self._sound:  # the same bytes were: they are verified every time
-            check_rows(index, rows, self.meta)
-            self._sound.add(index)
-        return rows
+        payload, lens, entries = self._stored(index)
+        k, v = (part.to(DTYPES[self.meta.layout.dtype]) for part in self._encoder.part("decode", payload, lens))
+        self._check(index, lens, {**entries, "k": k, "v": v})
+        return Rows(k, v, lens=lens, **entries)
+
+    def compact(self, index: int) -> Rows | Coded:
+        """A layer as it is resumed from: codes stay codes where attention can read them."""
+        if "codes" not in self._encoder.stage.parts:
+            return self.rows(index)
+        payload, lens, entries = self._stored(index)
+        split: Split = self._encoder.part("codes", payload, lens)
+        self._check(index, lens, {**entries, **split.numbers})
+        return split.layer(entries["pos"], lens, entries["bias"])
 
     def stats(self, index: int) -> Stats:
         """What prefill observed in a layer, as far as the file has it."""
         found = {field.name: self._part(index, f"stat.{field.name}") for field in fields(Stats)}
         return check_stats(index, Stats(**found), self.meta)
+
+    def _stored(self, index: int) -> tuple[dict[str, Tensor | None], Tensor, dict[str, Any]]:
+        """Keys and values as they are encoded, the lengths of heads [H], and the flat `pos`, `bias` and `span`."""
+        lens = self._lens(index)
+        payload = {name: self._part(index, name) for name in self._payload(index, lens)}
+        parts = {name: self._part(index, name) for name in PARTS}
+        if parts["pos"] is None:
+            parts["pos"] = torch.arange(self.meta.seq.tokens, dtype=torch.int32).repeat(len(lens))
+        return payload, lens, {name: part if part is None else part.flatten() for name, part in parts.items()}
+
+    def _check(self, index: int, lens: Tensor, parts: dict[str, Any]) -> None:
+        if index not in self._sound:  # the same bytes were: they are verified every time
+            check_layer(index, lens, parts, self.meta)
+            self._sound.add(index)
 
     def _part(self, index: int, part: str) -> Tensor | None:
         name = f"{layer_name(index)}.{part}"
@@ -191,7 +200,7 @@ class Reader:
 
     def _payload(self, index: int, lens: Tensor) -> list[str]:  # [H]
         """The names of the layer's encoded keys and values, all of them present with the right shape."""
-        shapes = self._encoder.part("shapes", lens.tolist(), self.meta.layout)
+        shapes = stored_shapes(self._encoder, index, lens, self.meta.layout, self._part(index, "hi"))
         for part, (dtype, shape) in shapes.items():
             expect(self.header, f"{layer_name(index)}.{part}", dtype, tuple(shape), needed=True)
         return list(shapes)

@@ -11,8 +11,9 @@ from .model.load import Model
 from .model.observe import CUT, prefill
 from .model.prefix import Prefix
 from .model.resume import check_model, expected, question
+from .outline import outline_of
 from .snapshot import Snapshot, usual
-from .storage import Reader, outline_of, write_snapshot
+from .storage import Reader, write_snapshot
 from .tasks.scores import SCORES, label
 from .tasks.task import Case, Question
 

@@ -20,6 +20,7 @@ from kvcli.kernels.floors import floors
 from kvcli.kernels.table import OPS
 from kvcli.recipe import written
 from kvcli.registry import stages
+from kvcli.snapshot import COLLECT
 
 ROOT = Path(__file__).parent.parent
 NAMES = ROOT / "kvcli/cli/names.py"
@@ -28,9 +29,15 @@ BANDWIDTH, FLOPS = 3.35e12, 990e12  # of an H100 SXM, the flops in bf16 on its t
 
 
 def names_file() -> str:
-    about = '"""Names of methods for help and completion, so that these need no torch. Written by `make docs`."""'
-    names = sorted({stage.name for stage in stages()})
-    return "\n".join([about, "", "METHODS = (", *(f'    "{name}",' for name in names), ")", ""])
+    """Each tuple ends with a comma, which keeps a name a line when it is formatted."""
+    about = '"""Names for help and completion, so that these need no torch. Written by `make docs`."""'
+    tables = {
+        "METHODS": sorted({stage.name for stage in stages()}),
+        "CALIBRATED": sorted({stage.name for stage in stages() if stage.profile}),
+        "STATISTICS": [*COLLECT],
+    }
+    lines = [[f"{key} = (", *(f'    "{name}",' for name in names), ")"] for key, names in tables.items()]
+    return "\n".join([about, "", *(line for table in lines for line in table), ""])
 
 
 def methods_table() -> str:

@@ -57,7 +57,7 @@ def test_all_layers_come_in_turn_and_whole(device: torch.device, ragged: bool) -
         assert isinstance(there.rows[i].bias, CardTensor) == (device == CARD)
         same(back.rows[i], full.rows[i])
         same(back.stats[i], full.stats[i])
-    with ahead(full, device, stats=False) as layers:
+    with ahead(full, device, resuming=True) as layers:
         assert not any(stats.present() for _, _, stats in layers)
 
 

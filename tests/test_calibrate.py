@@ -1,6 +1,8 @@
 """Calibration: what is measured on answers and on snapshots, against definitions, and the command."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from tiny import tiny_model
 from kvcli import calibrate
 from kvcli.calibrate import Run, from_snapshots, span, variation
 from kvcli.cli import run
-from kvcli.errors import InfeasibleError, MismatchError
+from kvcli.errors import FormatError, InfeasibleError, MismatchError
 from kvcli.model.load import Model, load
 from kvcli.model.observe import prefill
 from kvcli.model.prefix import Prefix
@@ -155,7 +157,7 @@ def test_a_model_that_finds_nothing_has_no_profile(
     ("words", "told"),
     [
         ("--for snapkv", "needs no profile"),
-        ("--for hack", "on snapshots"),
+        ("--for hack", "no uncompressed snapshot"),
         ("--for compresskv a.kv.safetensors", "takes no snapshots"),
         ("--for snapkw", "did you mean snapkv"),
         ("", "--for"),
@@ -196,24 +198,66 @@ def test_variation_of_queries_that_see_everything() -> None:
 
 
 def test_snapshots_are_averaged_and_must_be_full_and_of_one_model() -> None:
-    full, other = make_snapshot(tokens=40), make_snapshot(tokens=70)
+    full, other = ("a", make_snapshot(tokens=40)), ("b", make_snapshot(tokens=70))
     alone = [from_snapshots("hack", [one])["sigma"] for one in (full, other)]
     both = from_snapshots("hack", [full, other])
     assert both["snapshots"] == 2 and both == from_snapshots("hack", [other, full])
     torch.testing.assert_close(torch.tensor(both["sigma"]), torch.tensor(alone).mean(0), rtol=0, atol=2e-6)
-    with pytest.raises(MismatchError, match="two models"):
-        from_snapshots("hack", [full, make_snapshot(seed=1)])
-    once = replace(full.meta, history=({"recipe": "random", "budget": "50%"},))
-    with pytest.raises(InfeasibleError, match="compressed"):
-        from_snapshots("hack", [replace(full, meta=once)])
-    with pytest.raises(InfeasibleError, match="no queries"):
-        from_snapshots("hack", [make_snapshot(stats=False)])
+    with pytest.raises(MismatchError, match="c: it is of another model"):
+        from_snapshots("hack", [full, ("c", make_snapshot(seed=1))])
+    once = replace(full[1].meta, history=({"recipe": "random", "budget": "50%"},))
+    with pytest.raises(InfeasibleError, match="c: the snapshot is compressed"):
+        from_snapshots("hack", [full, ("c", replace(full[1], meta=once))])
+    with pytest.raises(InfeasibleError, match=r"c: .* no queries"):
+        from_snapshots("hack", [full, ("c", make_snapshot(stats=False))])
+
+
+def test_snapshots_from_a_pipe_and_the_newest_here(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f'"{sys.executable}" -m kvcli calibrate --for hack --json'
+    shell = f"cat a.kv.safetensors | {line} && {line} - < a.kv.safetensors"
+    told = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True).stdout
+    assert run(["calibrate", "--for", "hack", "--json"]) == 0
+    said = capsys.readouterr()
+    assert told == said.out * 2 and "reading a.kv.safetensors, the newest full" in said.err
+    (desk / "b").write_bytes((desk / "a.kv.safetensors").read_bytes()[:-9])
+    assert run(["calibrate", "--for", "hack", "a.kv.safetensors", "b"]) == 4
+    assert "kvcli: b: " in capsys.readouterr().err
+
+
+def test_a_profile_is_there_when_all_of_it_is(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be written leaves the old one, and nothing beside it; what a killed writer left is swept."""
+    again = ["calibrate", "--for", "hack", "a.kv.safetensors"]
+    assert run(again) == 0
+    (file,) = profile_path("x", "y").parents[1].rglob("hack.json")
+    before = file.read_bytes()
+    (file.parent / ".hack.json.4194305.0a.tmp").touch()  # no process has this number
+    with monkeypatch.context() as full:
+        full.setattr("kvcli.spool._pour", lambda write, data: (_ for _ in ()).throw(OSError(28, "full")))
+        assert run(again) == 3
+    assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
+
+
+def test_a_home_that_is_no_folder(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVCLI_HOME", str(desk / "a.kv.safetensors"))
+    assert run(["calibrate", "--for", "hack", "a.kv.safetensors"]) == 3
+    said = capsys.readouterr().err
+    assert "cannot write" in said and "hack.json\n" in said and "Not a directory" in said
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**31), 1e39, float("nan"), float("inf"), True, "1", [1], None])
+def test_what_is_no_number_of_a_profile(value: Any) -> None:
+    profile = {"method": "hack", "sigma": [[0.5, 1], [value, 0.5]]}
+    assert numbers(profile, "sigma", [0], 2) == [[0.5, 1]]
+    with pytest.raises(FormatError, match="does not hold 2 sigma"):
+        numbers(profile, "sigma", [0, 1], 2)
 
 
 def test_a_layer_that_slides_over_some_document_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     full = make_snapshot(tokens=40)
     half = replace(full.meta, layout=replace(full.meta.layout, kinds=("sliding", "full")))
-    found = from_snapshots("hack", [full, replace(full, meta=half)])
+    found = from_snapshots("hack", [("a", full), ("b", replace(full, meta=half))])
     assert found["sigma"][0] is None
     write_snapshot(replace(full, meta=half), Path(profile_path("x", "y").parents[2] / "a"))
     assert run(["calibrate", "--for", "hack", str(profile_path("x", "y").parents[2] / "a")]) == 0

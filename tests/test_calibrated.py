@@ -161,14 +161,11 @@ def test_positions_vote_where_heads_hold_different_entries() -> None:
 
 
 def test_a_profile_of_another_shape_or_layer_is_refused() -> None:
-    profile = {
-        "method": "hack",
-        "sigma": [[0.1, 0.2], None, [0.1, "x"], [0.1], [math.nan, 0.2], [10**400, 0.2], [1e39, 0.2]],
-    }
+    profile = {"method": "hack", "sigma": [[0.1, 0.2], None, [0.1, "x"], [0.1], [math.nan, 0.2]]}
     assert numbers(profile, "sigma", [0], 2) == [[0.1, 0.2]]
     with pytest.raises(InfeasibleError, match="not calibrated for layer 1"):
         numbers(profile, "sigma", [0, 1], 2)
-    for at in range(2, 8):
+    for at in (2, 3, 4, 5):
         with pytest.raises(FormatError):
             numbers(profile, "sigma", [at], 2)
     with pytest.raises(FormatError, match="no heads"):

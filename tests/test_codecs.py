@@ -20,7 +20,7 @@ from kvcli.pipeline import make_plans
 from kvcli.plan import Plan
 from kvcli.recipe import Recipe
 from kvcli.registry import Ask, named
-from kvcli.snapshot import LayerKV, Rows
+from kvcli.snapshot import LayerKV, Lazy, Rows
 
 ASK = Ask(0, 1, 1, 1, 1, 0, 0, 0, 0.25)
 
@@ -118,6 +118,8 @@ def test_what_stays_whole_does_so_bit_for_bit_in_every_head() -> None:
     assert k.dtype == v.dtype == torch.bfloat16
     assert torch.equal(k[whole], rows.k[whole]) and torch.equal(v[whole], rows.v[whole])
     assert float((k != rows.k)[~whole].float().mean()) > 0.5
+    # 276 is 9 groups of 28 and 24 more, 280 would be 10
+    assert len(there_and_back("kivi:residual=20,group=28", kv)[0]["k.q"]) == 9 * 28
     _, k, _ = there_and_back("kivi:bits=2,residual=20,group=26", kv)
     same = (k == rows.k).all(1)[300:]
     assert bool(same[:5].all() and same[31:45].all() and same[71:].all())
@@ -200,6 +202,17 @@ def test_biases_and_spans_go_along(encoder: str, tmp_path: Path) -> None:
     for before, after in zip(full.rows, coded.rows, strict=True):
         for name in ("pos", "bias", "span", "lens"):
             assert torch.equal(getattr(before, name), getattr(after, name))
+    assert isinstance(coded.rows, Lazy)
+    for i, rows in enumerate(full.rows):
+        part = coded.rows.compact(i)
+        of_whole, of_codes = part.whole.lens.tolist(), (part.lens - part.whole.lens).tolist()
+        assert sum(of_codes) > 0 and torch.equal(part.lens, rows.lens) and part.whole.bias is not None
+        for name in ("pos", "bias"):
+            pairs = zip(
+                getattr(part.whole, name).split(of_whole), getattr(part, name).split(of_codes), strict=True
+            )  # of each head
+            for pair, its in zip(pairs, getattr(rows, name).split(rows.lens.tolist()), strict=True):
+                assert torch.equal(torch.cat(pair).sort().values, its.sort().values)
 
 
 def test_numbers_beyond_float16_are_refused() -> None:

@@ -63,12 +63,14 @@ def completed(folder: Path, *lines: str) -> dict[str, list[str]]:
 @pytest.mark.slow
 def test_bash_completes_commands_methods_and_files(tmp_path: Path) -> None:
     lines = ["kvcli comp", "kvcli compress --method kvm", "kvcli compress -m snapkv+ad", "kvcli completion z"]
-    lines += ["kvcli eval -m h2o,snapkv+ad"]
+    lines += ["kvcli eval -m h2o,snapkv+ad", "kvcli calibrate --for h", "kvcli prefill --collect norms,m"]
     found = completed(tmp_path, *lines, "kvcli inspect x")
     assert found["kvcli comp"] == [name for name in COMMANDS if name.startswith("comp")]
     assert found["kvcli compress --method kvm"] == [name for name in METHODS if name.startswith("kvm")] != []
     assert found["kvcli compress -m snapkv+ad"] == ["snapkv+adakv"]
     assert found["kvcli eval -m h2o,snapkv+ad"] == ["h2o,snapkv+adakv"]
+    assert found["kvcli calibrate --for h"] == ["hack"]
+    assert found["kvcli prefill --collect norms,m"] == ["norms,moments"]
     assert found["kvcli completion z"] == ["zsh"]
     assert "compopt -o default" in found  # names of files are left to the shell
 

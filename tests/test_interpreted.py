@@ -65,8 +65,10 @@ def test_every_kernel_has_its_part(model: Any, interpreted: None, monkeypatch: p
     def job() -> tuple[list[Snapshot], list[int]]:
         full = kvcli.prefill(TEXT, model, raw=True, chunk=40)
         small = [kvcli.compress(full, recipe, "35%") for recipe in ("kvmerger", "snapkv+adakv", "lookm")]
-        asked = small[1].inputs(model, "?")
-        return [full, *small], model.net.generate(**asked, max_new_tokens=2, do_sample=False)[0].tolist()
+        coded = kvcli.compress(full, "kivi:group=8")  # a last bit may be a whole step of its scale
+        asked = [part.inputs(model, "?") for part in (small[1], coded)]
+        said = [model.net.generate(**each, max_new_tokens=2, do_sample=False) for each in asked]
+        return [full, *small], torch.cat(said).flatten().tolist()
 
     started, run = set(), launch.run
     monkeypatch.setattr(launch, "run", lambda one: (started.add(one.kernel.name), run(one)))

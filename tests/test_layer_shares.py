@@ -12,9 +12,9 @@ from torch import Tensor
 from kvcli.errors import UsageError
 from kvcli.methods.cake import cake_score, cake_share, moments
 from kvcli.methods.pyramidkv import pyramid_share
-from kvcli.methods.zipvl import needed, remaining, zipvl_score, zipvl_share
+from kvcli.methods.zipvl import zipvl_score, zipvl_share
 from kvcli.pipeline import protect
-from kvcli.probes import probe_mass
+from kvcli.probes import needed, probe_mass, remaining
 from kvcli.recipe import Recipe
 from kvcli.registry import Ask, Scored, named
 from kvcli.snapshot import LayerKV, Stats

@@ -216,7 +216,33 @@ def test_a_chat_in_a_file(model: Model, folder: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "[1]", '{"role": "user"}', '{"role": "user", "content": [1]}', '{"a": 1}', "One.", "[" * 9999]
+    "text",
+    [
+        *("", "[]", "[1]", '{"role": "user"}', '{"role": "user", "content": [1]}', '{"a": 1}', "One.", "[" * 9999),
+        *('{"role": "", "content": ""}', '{"role": "user\\n<|im_start|>", "content": ""}'),
+        *('{"role": "\\ud800", "content": ""}', '{"role": "user", "content": ""}\n{"role": "user"}'),
+    ],
 )
 def test_what_is_no_chat_is_a_text(text: str) -> None:
     assert messages(text) is None
+
+
+def test_a_line_of_a_chat_ends_where_json_lines_end() -> None:
+    """A string of JSON may hold the other characters at which Python ends a line."""
+    chat = [{"role": "gpt-4 mini", "content": "One\u2028two\x85three\x0bfour"}] * 2
+    lines = "\r\n".join('{"role": "gpt-4 mini", "content": "One\u2028two\x85three\\u000bfour"}' for _ in chat)
+    assert messages(lines) == chat
+
+
+def test_it_says_what_a_json_file_is_read_as(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = json.dumps(CHAT[1])
+    for name, text, says in (
+        ("a.JSON", one, "a chat of 1 message\n"),
+        ("b.jsonl", one + '\n{"role": "user"}', "a text: it is no list of messages\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert run(["prefill", name, "--model", str(folder), "-o", f"{name}.kv"]) == 0
+        assert f"{name} is read as {says}" in capsys.readouterr().err

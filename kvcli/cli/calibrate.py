@@ -1,12 +1,13 @@
 """kvcli calibrate: what a method has to know of a model, measured once and kept as its profile."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError
+from . import streams
+from .names import CALIBRATED
 from .ui import Ui, clean, complete_after, current, model_options, output_options, uses_kernels
 
 if TYPE_CHECKING:
@@ -16,9 +17,14 @@ SHOWN = 8  # heads, and layers at either end
 
 
 @click.command("calibrate", short_help="Measure what a method has to know of a model.")
-@click.argument("files", nargs=-1, metavar="[SNAPSHOT]...", type=click.Path())
+@click.argument("files", nargs=-1, metavar="[SNAPSHOT|-]...", type=click.Path())
 @click.option(
-    "--for", "method", required=True, metavar="METHOD", help="Whose profile.", shell_complete=complete_after("+")
+    "--for",
+    "method",
+    required=True,
+    metavar="METHOD",
+    help="Whose profile: " + ", ".join(CALIBRATED) + ".",
+    shell_complete=complete_after("+", CALIBRATED),
 )
 @click.option("--tokens", type=click.IntRange(1), help="Of a document the model answers questions about [1000].")
 @click.option("--documents", type=click.IntRange(1), default=6, show_default=True, help="How many, six facts in each.")
@@ -68,23 +74,23 @@ def _from_answers(ui: Ui, method: str, files: Sequence[str], options: dict[str, 
 
 
 def _from_snapshots(ui: Ui, method: str, files: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-    if not files:
-        raise UsageError(
-            f"{method} is calibrated on snapshots of the model", fix="name one: kvcli prefill DOC makes it"
-        )
+    origins = [streams.source(file, ui, full=True) for file in files or (None,)]
     with ui.phases() as phase:
         phase("reading snapshots")
         from ..calibrate import from_snapshots
 
-        return dict(from_snapshots(method, _opened(files)))
+        return dict(from_snapshots(method, _opened(ui, origins)))
 
 
-def _opened(files: Sequence[str]) -> "Iterator[Snapshot]":
+def _opened(ui: Ui, origins: Sequence[streams.Source]) -> "Iterator[tuple[str, Snapshot]]":
+    from ..document import naming
     from ..storage import Reader
 
-    for file in files:
-        with Reader(Path(file)) as reader:
-            yield reader.snapshot()
+    for origin in origins:
+        with naming(streams.shown(origin)), streams.waiting(origin, ui):
+            reader = Reader(origin)
+        with reader:
+            yield streams.shown(origin), reader.snapshot()
 
 
 def _lines(profile: dict[str, Any]) -> Iterator[tuple[str, str]]:

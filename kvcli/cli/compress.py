@@ -79,7 +79,7 @@ def command(file: str | None, method: str, budget: tuple[str, ...], **options: A
     targets = [] if options["dry_run"] else _targets(origin, recipe, budgets, options)
     rows = _compress(ui, origin, recipe, budgets, targets, device=device, **options)
     for row in rows:
-        _show(ui, row)
+        _show(ui, row, f"{row['budget']}: " if len(rows) > 1 else "")
     ui.result("kvcli.compress/1", {"rows": rows}, to_stderr=any(not isinstance(target, Path) for target in targets))
 
 
@@ -161,14 +161,14 @@ def _row(plan: "Plan", budget: "Budget | None") -> dict[str, Any]:
     }
 
 
-def _show(ui: Ui, row: dict[str, Any]) -> None:
+def _show(ui: Ui, row: dict[str, Any], which: str) -> None:
     name = {None: "dry run", "-": "snapshot"}.get(row.get("file"), row.get("file"))
     ui.say(
         f"{name}: {row['entries']:,} of {row['of']:,} entries ({row['keep']:.1%}), {size(row['file_bytes'])} "
         f"of {size(row['bytes_before'])} in {row['seconds']:.1f} s"
     )
     for note in row["notes"]:
-        ui.warn(note)
+        ui.warn(which + note)
     if row["entries"] == row["entries_before"]:
         held = "the document" if row["entries"] == row["of"] else "what the snapshot holds"
         ui.say("everything was kept" + (f": the budget is no smaller than {held}" if row["budget"] else ""))

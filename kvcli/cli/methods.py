@@ -32,7 +32,7 @@ def command(context: click.Context) -> None:
         _show(stages(), _line)
 
 
-@command.command("show")
+@command.command("show", short_help="Explain one method, with all its stages and options.")
 @click.argument("name", shell_complete=complete_after("+"))
 @output_options
 def show(name: str) -> None:

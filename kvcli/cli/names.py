@@ -1,4 +1,4 @@
-"""Names of methods for help and completion, so that these need no torch. Written by `make docs`."""
+"""Names for help and completion, so that these need no torch. Written by `make docs`."""
 
 METHODS = (
     "adakv",
@@ -31,4 +31,13 @@ METHODS = (
     "uniform",
     "weightedkv",
     "zipvl",
+    "zipvl-mixed",
+)
+CALIBRATED = (
+    "compresskv",
+    "hack",
+)
+STATISTICS = (
+    "norms",
+    "moments",
 )

@@ -67,7 +67,7 @@ class Base:
     "--probe", metavar="TEXT", help="A likely question, run behind the document: compress keeps what it asks."
 )
 @click.option("--truncate", is_flag=True, help="Cut a document that is too long, leaving room for question and answer.")
-@collect_option("norms, moments")
+@collect_option()
 @segments_option
 @click.option("--chunk", type=click.IntRange(1), default=1024, show_default=True, help="Tokens read at a time.")
 @model_options
@@ -226,7 +226,9 @@ def _document(ui: Ui, job: Job) -> "Document":
     """The text, or the messages of the chat that it holds."""
     from ..model.chat import messages
 
-    chat = messages(job.text) if job.doc.endswith((".json", ".jsonl")) else None
-    if chat:
-        ui.say(f"{job.doc} is read as a chat of {len(chat):,} messages")
+    if not job.doc.lower().endswith((".json", ".jsonl")):
+        return job.text
+    chat = messages(job.text)
+    held = f"a chat of {len(chat):,} message{'s' * (len(chat) > 1)}" if chat else "a text: it is no list of messages"
+    ui.say(f"{job.doc} is read as {held}")
     return chat or job.text

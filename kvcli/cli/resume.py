@@ -96,7 +96,7 @@ def _begin(ui: Ui, reader: "Reader", name: str, options: Mapping[str, Any]) -> t
         full = _against(options["against"], snapshot, name, model)
     drawn = (options[name] for name in ("tokens", "temperature", "top_p", "top_k", "seed", "stop"))
     facts = {"model": model.id, "file_bytes": reader.header.size, "tokens_reused": prefix.tokens}
-    facts |= {"entries": sum(len(rows.k) for rows in prefix.rows), "load_seconds": seconds}
+    facts |= {"entries": sum(int(rows.lens.sum()) for rows in prefix.rows), "load_seconds": seconds}
     return Talk(ui, model, prefix, full, Sampling(*drawn), options["jsonl"], bool(options["save"])), facts
 
 

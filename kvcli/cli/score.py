@@ -30,7 +30,7 @@ SEGMENTS = "segments"
 
 @click.command("score", short_help="Add statistics to a full snapshot; its model reads the tokens again.")
 @click.argument("file", required=False, metavar="[FILE|-]", type=click.Path())
-@collect_option("norms, moments, and segments for the paragraphs of the text")
+@collect_option(", and segments for the paragraphs of the text")
 @segments_option
 @click.option(
     "-o", "--output", metavar="FILE|-", help="Where it goes [stdout in a pipe, else FILE.scored.kv.safetensors]."

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from ..errors import UsageError
-from .names import METHODS
+from .names import METHODS, STATISTICS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,7 +74,7 @@ def output_options(command: F) -> F:
 
     def collect(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         given = ctx.meta.setdefault("kvcli.ui", {})
-        given[param.name] = value
+        given[param.name] = value or given.get(param.name, False)  # of a group, or of the command in it
         return value
 
     for option in (
@@ -135,10 +135,11 @@ def model_options(command: F) -> F:
     return command
 
 
-def collect_option(names: str) -> Callable[[F], F]:
-    """--collect of commands that record these statistics."""
-    help = f"Statistics that some methods need: {names}."
-    return click.option("--collect", multiple=True, metavar="NAME,...", help=help)
+def collect_option(more: str = "") -> Callable[[F], F]:
+    """--collect; `more` is what else its help says."""
+    about: dict[str, Any] = {"help": f"Statistics that some methods need: {', '.join(STATISTICS)}{more}."}
+    completed = complete_after(",", STATISTICS)
+    return click.option("--collect", multiple=True, metavar="NAME,...", shell_complete=completed, **about)
 
 
 def segments_option(command: F) -> F:
@@ -166,12 +167,14 @@ def grid_options(methods: str, budgets: str) -> Callable[[F], F]:
     return add
 
 
-def complete_after(marks: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Completes the name of a method, behind any of these marks."""
+def complete_after(
+    marks: str, names: Sequence[str] = METHODS
+) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Completes a name, by default of a method, behind any of these marks."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
         start = max(incomplete.rfind(mark) for mark in marks) + 1
-        return [incomplete[:start] + name for name in METHODS if name.startswith(incomplete[start:])]
+        return [incomplete[:start] + name for name in names if name.startswith(incomplete[start:])]
 
     return complete
 

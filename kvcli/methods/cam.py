@@ -12,7 +12,7 @@ from ..receivers import split
 from ..registry import Ask, Scored, Source, reduce
 from ..snapshot import LayerKV, Stats, gather
 
-SOURCE = Source("ICML 2024, PMLR 235:58840", 2024, checked="worked examples")
+SOURCE = Source("PMLR 235:58840", 2024, checked="worked examples")
 LOT = 1 << 15  # beyond any layer: draws of its own, which the score `random` of the same seed says nothing about
 
 

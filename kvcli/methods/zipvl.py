@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..options import Share
-from ..probes import probe_mass
+from ..probes import needed, probe_mass, remaining
 from ..registry import Ask, Scored, Source, allocate, score
 from ..shares import bounds, by_layer
 from ..snapshot import LayerKV, Stats
@@ -24,20 +24,6 @@ def zipvl_score(kv: LayerKV, stats: Stats, ask: Ask, *, tau: Share | None = None
     rest = remaining(mass)
     count = None if tau is None else torch.full_like(kv.lens, needed(rest, tau))
     return Scored(by_query[kv.pos.clamp(min=0).long()], weight=rest, count=count)
-
-
-def remaining(mass: Tensor) -> Tensor:  # [N] -> [N] float32
-    """The share of the mass in the k-th largest and all smaller ones, falling from 1.
-
-    Added up from the smallest, since what is left of 1 would be rounding. No mass at all counts as even.
-    """
-    rising = torch.where(mass.sum() > 0, mass, 1.0).double().sort().values.cumsum(0)
-    return (rising / rising[-1]).flip(0).float()
-
-
-def needed(rest: Tensor, tau: float) -> int:  # [N]
-    """The fewest that hold the share `tau`: as long as more than 1 - tau is left, in float32, one more."""
-    return int((rest > 1 - tau).sum())
 
 
 @allocate(source=SOURCE, after="zipvl")

@@ -1,28 +1,33 @@
 """The snapshot as a transformers cache: an immutable prefix shared by all questions and a growing suffix."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from ..codes import Coded
 from ..errors import InfeasibleError
 from ..kernels.attention import causal_attention, ragged_attention
 from ..kernels.banded import banded_attention
+from ..kernels.codes import Codes
 from ..kernels.dense import dense_attention, join
+from ..kernels.packed import packed_attention
 from ..snapshot import Rows
 from .attend import NAME, Law
 
 MEND = f'load it with attn_implementation="{NAME}", or net.set_attn_implementation("{NAME}")'
+Held = TypeVar("Held", Rows, Coded)
 Part = tuple[Tensor, Tensor]  # [Hq, M, Dv], [Hq, M] float32
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer: `prefix` rows that are never copied or changed, and the tokens that came after them.
+    """One layer: `prefix` rows and codes that are never copied or changed, and the tokens that came after them.
 
     It reports the logical length, `start` tokens of the prefix plus its own, so that positions stay right
     whatever the number of entries kept. With a `window`, a token sees itself and the `window - 1` before it, and
@@ -32,10 +37,16 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     batch = 1  # sequences
 
-    def __init__(self, prefix: Rows | None = None, start: int = 0, room: int = 64, window: int | None = None) -> None:
+    def __init__(
+        self, prefix: Rows | Coded | None = None, start: int = 0, room: int = 64, window: int | None = None
+    ) -> None:
         super().__init__()
-        self.prefix, self.start, self.room, self.window = prefix, start, room, window
-        self.lens = [] if prefix is None else prefix.lens.tolist()
+        self.start, self.room, self.window = start, room, window
+        self.codes = prefix if isinstance(prefix, Coded) else None
+        self.prefix: Rows | None = prefix.whole if isinstance(prefix, Coded) else prefix
+        self.lens = [] if self.prefix is None else self.prefix.lens.tolist()
+        self.coded = [] if self.codes is None else (self.codes.lens - self.codes.whole.lens).tolist()
+        self.longest = 0 if prefix is None else int(prefix.lens.max())
         self.length = 0  # tokens after the prefix
         self.gone = 0  # of them, no longer held
         self.attended = True  # whether the newest tokens have attended
@@ -114,26 +125,43 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         """Attention over the prefix, whose entries every query sees, and over a tail [H, S, D] that it sees as well."""
         if self.prefix is None:
             raise ValueError("the layer has no prefix")
-        found: Part = ragged_attention(q, self.prefix.k, self.prefix.v, self.lens, self.prefix.bias, scale, tail)
-        return found
+        parts: list[Part] = []
+        if any(self.lens):
+            part = ragged_attention(q, self.prefix.k, self.prefix.v, self.lens, self.prefix.bias, scale, tail)
+            parts.append(part)
+        elif tail is not None and tail[0].shape[1]:
+            parts.append(dense_attention(q, *tail, None, scale))
+        if self.codes is not None:
+            parts.append(packed_attention(q, self.codes.k, self.codes.v, self.coded, self.codes.bias, scale))
+        return join(parts)
 
     def _banded(self, q: Tensor, law: Law) -> list[Part]:
         end, rest = self.get_seq_length(), (self.window, law.softcap)
         q_pos, pos = torch.arange(end - q.shape[1], end), torch.arange(end - self.held, end)
         k, v = self.keys[:, : self.held], self.values[:, : self.held]
         parts = [banded_attention(q, q_pos, k, v, pos, law.scale, None, *rest)]
-        if self.prefix is not None:
-            heads = [_heads(part, self.lens) for part in (self.prefix.k, self.prefix.v, self.prefix.bias)]
-            groups = zip(q.chunk(len(self.lens)), torch.split(self.prefix.pos, self.lens), *heads, strict=True)
-            each = [banded_attention(rows, q_pos, k, v, at, law.scale, bias, *rest) for rows, at, k, v, bias in groups]
+        for heads in self._prefix_heads(q.dtype):
+            groups = zip(q.chunk(len(self.lens)), heads, strict=True)
+            each = [
+                banded_attention(rows, q_pos, k, v, at, law.scale, bias, *rest) for rows, (k, v, at, bias) in groups
+            ]
             parts.append((torch.cat([out for out, _ in each]), torch.cat([lse for _, lse in each])))
         return parts
+
+    def _prefix_heads(self, dtype: torch.dtype) -> Iterator[Iterator[tuple[Any, ...]]]:
+        """The whole rows a head at a time, k, v, pos and bias, then those of the codes, opened one by one."""
+        for held, lens in ((self.prefix, self.lens), (self.codes, self.coded)):
+            if held is not None:
+                ends = list(accumulate(lens, initial=0))
+                pos, bias = torch.split(held.pos, lens), _heads(held.bias, lens)
+                each = ((_rows(part, a, b, dtype) for part in (held.k, held.v)) for a, b in pairwise(ends))
+                yield ((*pair, at, added) for pair, at, added in zip(each, pos, bias, strict=True))
 
     def get_seq_length(self) -> int:
         return self.start + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        physical = self.held + max(self.lens, default=0)
+        physical = self.held + self.longest
         return physical + query_length, self.get_seq_length() - physical
 
     def get_max_length(self) -> int:
@@ -147,6 +175,10 @@ def _moved(part: Tensor, room: int) -> Tensor:  # [H, T, D] -> [H, room, D]
     moved = part.new_empty(part.shape[0], room, part.shape[2])
     moved[:, : part.shape[1]] = part
     return moved
+
+
+def _rows(part: Tensor | Codes, begin: int, end: int, dtype: torch.dtype) -> Tensor:  # -> [1, end - begin, D]
+    return (part.rows(begin, end).to(dtype) if isinstance(part, Codes) else part[begin:end])[None]
 
 
 def _heads(part: Tensor | None, lens: list[int]) -> Sequence[Tensor | None]:  # [E, ...] -> H x [1, T, ...]
@@ -193,7 +225,7 @@ def check_shapes(layers: Sequence[Layer]) -> None:
         raise InfeasibleError("the model's layers are not of one shape, as those of a snapshot are", why)
 
 
-def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cache:
+def make_cache(net: PreTrainedModel, prefix: Sequence[Rows | Coded], start: int) -> Cache:
     """A fresh cache on a shared prefix of `start` tokens, for the model's forward or generate.
 
     Raises InfeasibleError if the model's attention is not ours.
@@ -203,7 +235,9 @@ def make_cache(net: PreTrainedModel, prefix: Sequence[Rows], start: int) -> Cach
     return PrefixCache(layers=[Layer(rows, start, window=span) for rows, span in zip(prefix, spans, strict=True)])
 
 
-def place(rows: Rows, device: torch.device, dtype: torch.dtype) -> Rows:
-    """The rows where the model is and in its precision; nothing is copied that is so already."""
+def place(rows: Held, device: torch.device, dtype: torch.dtype) -> Held:
+    """The rows where the model is and in its precision; nothing is copied that is so already. Codes are there."""
+    if isinstance(rows, Coded):
+        return replace(rows, whole=place(rows.whole, device, dtype))
     bias = None if rows.bias is None else rows.bias.to(device)
     return replace(rows, k=rows.k.to(device, dtype), v=rows.v.to(device, dtype), bias=bias)

@@ -1,6 +1,7 @@
 """A chat as a document: its messages as the model's chat template has them, each a stretch of the text."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -10,6 +11,7 @@ from .segments import table
 from .text import Encoded, around, lost, parsed_ids, plain_ids
 
 Message = Mapping[str, str]
+ROLE = re.compile(r"[\w .-]+")  # it stands among the template's special tokens, and must not hold any
 TURN, SYSTEM = (SEGMENTS.index(name) for name in ("turn", "system"))
 
 
@@ -19,12 +21,14 @@ def is_chat(found: Any) -> TypeGuard[list[Message]]:
 
 
 def _is_message(found: Any) -> bool:
-    return isinstance(found, Mapping) and all(isinstance(found.get(key), str) for key in ("role", "content"))
+    if not isinstance(found, Mapping) or not all(isinstance(found.get(key), str) for key in ("role", "content")):
+        return False
+    return ROLE.fullmatch(found["role"]) is not None
 
 
 def messages(text: str) -> list[Message] | None:
     """Those of a JSON list, or of JSON lines; None for any other text."""
-    for read in (json.loads, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()]):
+    for read in (json.loads, lambda text: [json.loads(line) for line in text.split("\n") if line.strip()]):
         try:
             found = read(text)
         except (ValueError, RecursionError):

@@ -121,7 +121,7 @@ def check(
         raise MismatchError(
             f"the model {mine['id']} is not the one the snapshot was made with ({meta.model.get('id')})",
             "; ".join(reasons),
-            "give that one with --model, or --trust-model if you know that they agree",
+            "give that one with --model; resume also takes --trust-model, if you know that they agree",
         )
 
 

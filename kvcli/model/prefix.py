@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from ..codes import Coded
 from ..device import ahead, blaming_card
 from ..errors import FormatError, InfeasibleError, KvError
 from ..snapshot import Rows, Snapshot
@@ -20,9 +21,9 @@ HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # what conf
 
 @dataclass(frozen=True)
 class Prefix:
-    """A snapshot in the model's memory: flat rows of every layer, shared by all questions and never copied."""
+    """A snapshot in the model's memory: what every layer holds, shared by all questions and never copied."""
 
-    rows: Sequence[Rows]
+    rows: Sequence[Rows | Coded]
     tokens: int  # where the next token goes
     tail: str  # text between a question and its answer
     chat: bool = True
@@ -32,7 +33,7 @@ class Prefix:
     @blaming_card()
     def read(cls, snapshot: Snapshot, model: Model) -> "Prefix":
         """Read every layer once, straight into the memory it is used from."""
-        with ahead(snapshot, model.device, stats=False) as layers:
+        with ahead(snapshot, model.device, resuming=True) as layers:
             rows = [place(part, model.device, model.net.dtype) for _, part, _ in layers]
         seq = snapshot.meta.seq
         return cls(rows, seq.next_pos, seq.tail, seq.chat, snapshot.extra.get("stat.final_hidden"))

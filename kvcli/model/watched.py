@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..codes import Coded
 from ..errors import InfeasibleError
 from ..kernels.banded import capped
 from ..snapshot import LayerKV, Rows, Stats
@@ -21,7 +22,7 @@ EPSILON = 1e-6
 class Watched(Layer):
     """A cache layer that keeps its newest queries, and holds what `small` gives them against its own."""
 
-    def __init__(self, prefix: Rows, start: int, window: int | None) -> None:
+    def __init__(self, prefix: Rows | Coded, start: int, window: int | None) -> None:
         super().__init__(prefix, start, window=window)
         self.law = Law(0.0)
         self.small: Layer | None = None  # which the tokens to come are put into as well
