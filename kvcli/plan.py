@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget, protection
-from .errors import InfeasibleError
+from .errors import InfeasibleError, UsageError
 from .header import Spec
 from .layers import encoder
 from .meta import Json
@@ -58,7 +58,12 @@ def find_sliding(snapshot: Snapshot) -> dict[int, Tensor]:
 
 
 def check_encoding(snapshot: Snapshot, recipe: Recipe) -> None:
-    """Raise InfeasibleError where codes would be made of codes."""
+    """Raise InfeasibleError where codes would be made of codes, UsageError where an encoder lacks its score."""
+    if recipe.score is None and (score := recipe.encode.stage.after):
+        what = f"recipe {str(recipe)!r} names no score"
+        raise UsageError(
+            what, f"encode {recipe.encode.stage.name} goes by the score of {score}", f"write {score} alone"
+        )
     there = encoder(snapshot.meta.encode)
     if there.stage.lossy and recipe.encode.stage.lossy:
         what = f"the snapshot is encoded already, with {there.stage.name}"

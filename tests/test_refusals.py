@@ -22,7 +22,7 @@ RECIPES = sorted({stage.name for stage in stages() if stage.kind in ("score", "e
 
 def plan(snapshot: Snapshot, recipe: str) -> None:
     parsed = Recipe.parse(recipe)
-    make_plans(snapshot, parsed, [Budget.parse("30%") if parsed.score else None])
+    make_plans(snapshot, parsed, [Budget.parse("30%") if parsed.takes_budget else None])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

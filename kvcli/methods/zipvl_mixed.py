@@ -1,6 +1,5 @@
 """ZipVL, the version that keeps every token: the important ones in more bits than the others."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -41,6 +40,7 @@ def mixed(
 
     Keys are quantised a channel at a time over each of the two sets, values an entry at a time, their channels levelled
     by the root of the largest. Sets and entries are those of a head, since heads that were cut share no token.
+    A `share` is of the document's tokens, rounded, in every layer alike; with `tau` layers differ.
     """
     rows = kv.rows()
     if scored is not None:  # what a padded slot scores means nothing
@@ -63,7 +63,7 @@ def split(scored: Scored | None, lens: Tensor, *, tau: float, share: float | Non
     """How many entries of each head are important, those that must stay among them; all of a layer without a score."""
     if scored is None or scored.weight is None:
         return lens
-    count = needed(scored.weight, tau) if share is None else math.ceil(share * len(scored.weight))
+    count = needed(scored.weight, tau) if share is None else round(share * len(scored.weight))
     must = scored.score.isposinf().sum(1).cpu()
     return torch.full_like(lens, count).maximum(must).minimum(lens)
 
