@@ -366,3 +366,13 @@ def test_an_interruption_loses_the_tasks_of_one_recipe(
     rows = kept(tmp_path / "rows")
     assert asked[1] == ["snapkv 50% known", "snapkv 20% known"] and asked[-1] == ["h2o 50% known", "h2o 20% known"]
     assert len(asked) == 5 and all(row["known"] and "metrics" in row for row in rows)
+
+
+def test_known_without_questions_is_refused_before_anything_is_measured(
+    calls: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"bench doc.txt -m h2o -b 50% --known -t ppl -o {tmp_path}/rows"
+    assert run(line.split()) == 2
+    said = capsys.readouterr()
+    assert "leave out ppl, or --known" in said.err and not said.out
+    assert not calls and not (tmp_path / "rows").exists()

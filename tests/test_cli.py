@@ -98,6 +98,25 @@ def test_a_dry_run_says_the_sizes_and_writes_nothing(work: Path, capsys: pytest.
     (work / "dry").unlink()
 
 
+def test_notes_of_several_budgets_say_whose_they_are(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    once = "compress a.kv.safetensors -m taskkv --dry-run -q -b 20%"
+    rows = result(capsys, *f"{once} -b 40%".split())["rows"]
+    assert isinstance(rows, list) and all(row["notes"] for row in rows)
+    assert run(f"{once} -b 40%".split()) == 0
+    lines = [f"kvcli: warning: {row['budget']}: {note}" for row in rows for note in row["notes"]]
+    assert capsys.readouterr().err.splitlines() == lines
+    assert run(once.split()) == 0
+    assert capsys.readouterr().err.splitlines() == [f"kvcli: warning: {note}" for note in rows[0]["notes"]]
+
+
+def test_options_of_a_group_are_those_of_its_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("methods show hack --json".split()) == 0
+    found = capsys.readouterr().out
+    assert json.loads(found)["schema"] == "kvcli.methods/1"
+    assert run("methods --json show hack".split()) == 0
+    assert capsys.readouterr().out == found
+
+
 REFUSED = [
     ("prefill doc.txt --model model -o a.kv.safetensors", 3, "exists"),
     ("prefill none.txt --model model -o x", 3, "none.txt"),

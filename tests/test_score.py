@@ -86,7 +86,7 @@ def test_what_is_refused(desk: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("score a.kv.safetensors --collect moment -o b", 2, "did you mean moments?"),
         ("score none --collect norms -o b", 3, "none"),
         ("score a.txt --collect norms -o b", 4, "not a snapshot"),
-        ("score a.kv.safetensors --collect norms --model other -o b", 5, "weights"),
+        ("score a.kv.safetensors --collect norms --model other -o b", 5, "resume also takes --trust-model"),
         ("prefill a.txt --collect norm -o b", 2, "did you mean norms?"),
     ):
         assert run(line.split()) == code, line

@@ -246,3 +246,6 @@ def test_it_says_what_a_json_file_is_read_as(
         (tmp_path / name).write_text(text)
         assert run(["prefill", name, "--model", str(folder), "-o", f"{name}.kv"]) == 0
         assert f"{name} is read as {says}" in capsys.readouterr().err
+    for name, chat in (("a.JSON", True), ("b.jsonl", False)):
+        assert run(f"eval {name} --task ppl -m knorm -b 50% --model {folder} -q".split()) == 0
+        assert ("a.JSON: the chat is read as a text" in capsys.readouterr().err) == chat

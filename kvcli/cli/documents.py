@@ -33,4 +33,15 @@ def _document(ui: Ui, name: str, folder: Path) -> "Given":
             copy = stack.enter_context(NamedTemporaryFile(dir=folder, delete=False))
             copyfileobj(stack.enter_context(origin.open("rb")) if isinstance(origin, Path) else origin, copy)
         path = Path(copy.name)
-    return name, path if is_snapshot(path) else streams.text_of(str(path))
+    return name, path if is_snapshot(path) else _text(ui, name, path)
+
+
+def _text(ui: Ui, name: str, path: Path) -> str:
+    from ..model.chat import FILES, messages
+
+    text = streams.text_of(str(path))
+    if name.lower().endswith(FILES) and messages(text):
+        ui.warn(
+            f"{name}: the chat is read as a text, and not by turns as kvcli prefill does; its snapshot can be named"
+        )
+    return text

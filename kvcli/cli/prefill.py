@@ -224,9 +224,9 @@ def _read(ui: Ui, base: Base, job: Job, options: dict[str, Any]) -> "tuple[Snaps
 
 def _document(ui: Ui, job: Job) -> "Document":
     """The text, or the messages of the chat that it holds."""
-    from ..model.chat import messages
+    from ..model.chat import FILES, messages
 
-    if not job.doc.lower().endswith((".json", ".jsonl")):
+    if not job.doc.lower().endswith(FILES):
         return job.text
     chat = messages(job.text)
     held = f"a chat of {len(chat):,} message{'s' * (len(chat) > 1)}" if chat else "a text: it is no list of messages"

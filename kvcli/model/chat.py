@@ -12,6 +12,7 @@ from .text import Encoded, around, lost, parsed_ids, plain_ids
 
 Message = Mapping[str, str]
 ROLE = re.compile(r"[\w .-]+")  # it stands among the template's special tokens, and must not hold any
+FILES = (".json", ".jsonl")  # how the names of chats end
 TURN, SYSTEM = (SEGMENTS.index(name) for name in ("turn", "system"))
 
 
