@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .banded import capped
 from .dense import flash
+from .flash import pad
 from .launch import Kernel, tl, triton
 from .op import Op, random, strained
 
@@ -98,7 +99,7 @@ def attention_mass_fused(
 
 def _blocks(D: int, itemsize: int) -> dict[str, int]:
     # float32 products run in registers, not tensor cores, where larger tiles would spill
-    BD = max(16, triton.next_power_of_2(D))
+    BD = pad(D)
     BR, BT = (16, 32) if itemsize == 4 else (64, 128 if BD <= 128 else 64)
     options = {"num_warps": max(4, BT // 16), "num_stages": 3 if BD <= 128 else 2, "enable_fp_fusion": True}
     return {"D": D, "BD": BD, "BR": BR, "BT": BT, **options}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flash import pad
 from .launch import Kernel, tl, triton
 from .op import Op, random
 
@@ -99,7 +100,7 @@ def nearest_key_fused(k: Tensor, dropped: Tensor, kept: Tensor) -> tuple[Tensor,
 
 def _blocks(D: int, itemsize: int) -> dict[str, int]:
     # float32 products run in registers, not tensor cores, where larger tiles would spill
-    BD = max(16, triton.next_power_of_2(D))
+    BD = pad(D)
     BM, BN = (32, 16) if itemsize == 4 else (128 if BD <= 128 else 64, 64)
     return {
         "D": D,

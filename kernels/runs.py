@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flash import pad
 from .flat import ROUNDS, Merged, bounds, merge_runs_flat, weights
 from .launch import Kernel, tl, triton
 from .op import Op, random
@@ -132,7 +133,7 @@ def merge_runs_fused(
 
 def _blocks(D: int, Dv: int) -> dict[str, Any]:
     # most runs have a few members: a warp each, and few rows at once, let many be on their way
-    BD, BDv = (max(16, triton.next_power_of_2(size)) for size in (D, Dv))
+    BD, BDv = (pad(size) for size in (D, Dv))
     BT = max(1, ROWS // max(BD, BDv))
     options = {"num_warps": 1, "enable_fp_fusion": True}
     return {"D": D, "Dv": Dv, "BD": BD, "BDv": BDv, "BT": BT, "BM": 64, **options}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flash import pad
 from .launch import Kernel, tl, triton
 from .op import Op, random
 
@@ -54,7 +55,7 @@ def take_rows_fused(k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor
     """The same in one Triton kernel."""
     k, v = (part if part.dim() == 3 else part[None] for part in (k, v))
     (_, T, D), Dv, N = k.shape, v.shape[-1], index.numel()
-    BD, BDv = (max(16, triton.next_power_of_2(size)) for size in (D, Dv))
+    BD, BDv = (pad(size) for size in (D, Dv))
     BN = max(1, NUMBERS // max(BD, BDv))
     new_k, new_v = (part.new_empty(*index.shape, part.shape[-1]) for part in (k, v))
     _copy_rows[triton.cdiv(N, BN),](

@@ -8,6 +8,7 @@ W x T is written.
 import torch
 from torch import Tensor
 
+from .flash import pad
 from .launch import Kernel, tl, triton
 
 SLICE = 512  # entries under one partial log-sum-exp
@@ -151,7 +152,7 @@ def window_scores_fused(
 
 def _blocks(rows: int, W: int, D: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
     # float32 products run in registers, not tensor cores, where larger tiles would spill
-    BD = max(16, triton.next_power_of_2(D))
+    BD = pad(D)
     own, meet = (32, 16) if itemsize == 4 else (128 if BD <= 128 else 64, 64)
     both = {"D": D, "BD": BD, "num_stages": 2, "enable_fp_fusion": True}
     lse = {**both, "BR": own if rows > 16 else 16, "BT": meet, "num_warps": max(4, own // 16)}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,8 +99,9 @@ def make_ask(
         what = f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head"
         raise InfeasibleError(what, fix="raise the budget or protect less")
     profiles = {name: load_profile(name, meta.model["weights"]) for name in recipe.profiles}
-    rest = entry["seed"], layout.softcap, meta.rope, snapshot.extra.get("stat.segments"), profiles
-    ask = Ask(-1, L, L * H * B, B, N, sink, recent, lead, layout.scale, *rest, meta.held)
+    rest: dict[str, Any] = {"softcap": layout.softcap, "rope": meta.rope, "profiles": profiles, "held": meta.held}
+    segments = snapshot.extra.get("stat.segments")
+    ask = Ask(-1, L, L * H * B, B, N, sink, recent, lead, layout.scale, entry["seed"], segments=segments, **rest)
     for step in recipe.steps:
         if "check" in step.stage.parts:
             step.part("check", ask)

@@ -92,6 +92,10 @@ class LayerKV:
     def lens(self) -> Tensor:  # [H] int64
         return self.real.sum(1)
 
+    def by_entry(self, part: Tensor) -> Tensor:  # [N] or [H, N] -> [H, T]
+        """What is known of each position, for the entries there; padding gives numbers without meaning."""
+        return part.expand(len(self.pos), -1).gather(1, self.pos.clamp(min=0).long())
+
     def rows(self) -> Rows:
         """The same entries without padding; a view when no head is padded."""
         real, lens = self.real, self.lens.cpu()
@@ -184,7 +188,7 @@ class Stats:
         """The attention each entry has received, a merged one its pivot; padding gives numbers without meaning."""
         if self.attn_mass is None:
             raise ValueError("attn_mass is missing: name it in needs=")
-        return self.attn_mass.gather(1, kv.pos.clamp(min=0).long())
+        return kv.by_entry(self.attn_mass)
 
 
 def usual(stats: Stats) -> Stats:
@@ -208,10 +212,7 @@ def check_finite(layer: int, **parts: Tensor | None) -> None:
 
 
 class Lazy(Sequence[T]):
-    """What `read` gives for each of `indices`, when it is asked for.
-
-    compact: gives the same in fewer bytes, in a form of its own.
-    """
+    """What `read` gives for each of `indices` when asked; `compact` the same in fewer bytes, in a form of its own."""
 
     def __init__(self, indices: range, read: Callable[[int], T], compact: Callable[[int], Any] | None = None) -> None:
         self._indices, self._read, self.compact = indices, read, compact or read

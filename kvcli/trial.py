@@ -80,6 +80,7 @@ def keeping(read: Callable[[], Exam], model: Model, path: Path) -> Callable[[], 
             exam = read()
             write_snapshot(exam.snapshot, path, force=True)
             kept.append((exam.case, exam.trials))
+            return exam
         snapshot = Reader(path).snapshot()
         return Exam(kept[0][0], snapshot, Prefix.read(snapshot, model), kept[0][1])
 

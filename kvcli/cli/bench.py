@@ -90,8 +90,8 @@ def _ready(
         model = model_of(given, options["model"], **how, tick=phase)
         options["collect"] = collect_of(cells)
         works = dict(_works(ui, model, given, options))
-        shared = options["runs"], options["seed"], options["raw"], works, options["known"]
-        bench = Bench(model, cells, folder, *shared)
+        shared = {name: options[name] for name in ("runs", "seed", "raw", "known")}
+        bench = Bench(model, cells, folder, works=works, **shared)
         reading = {"raw": options["raw"], "collect": options["collect"], "warn": ui.warn}
         documents = [open_document(each, model, **reading) for each in given]
         for document in documents:

@@ -31,7 +31,7 @@ def compresskv_score(
     best = found.argsort(descending=True, stable=True)[:heads].tolist()
     before = torch.arange(ask.N, device=kv.pos.device) < q_pos[0]
     vote = smooth(votes(kv, stats, ask, best, window) * before, kernel, "avg") * before
-    return Scored(vote[kv.pos.clamp(min=0).long()], weight=torch.tensor(numbers(profile, "errors", [ask.layer])))
+    return Scored(kv.by_entry(vote), weight=torch.tensor(numbers(profile, "errors", [ask.layer])))
 
 
 def votes(kv: LayerKV, stats: Stats, ask: Ask, best: Sequence[int], window: int) -> Tensor:  # -> [N] float32

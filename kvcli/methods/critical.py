@@ -25,5 +25,5 @@ def critical(
     seen = pooled(kv, stats, ask, window, kernel, pool) / len(last_queries(stats, window)[1])  # mean over queries
     half = min(ask.B // 2, ask.B - ask.sink - ask.recent)
     first = top_mask(seen.masked_fill(~kv.real, -torch.inf), kv.lens.clamp(max=half))
-    norm = stats.value_norm.gather(1, kv.pos.clamp(min=0).long())
+    norm = kv.by_entry(stats.value_norm)
     return Scored(((seen + 1e-4) * norm).masked_fill(first, torch.inf))

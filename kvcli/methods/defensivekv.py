@@ -75,9 +75,9 @@ def _value(kv: LayerKV, stats: Stats, variant: str) -> Tensor:  # -> [H, T]
     """The size of each value behind the output projection, as a share of its token's or of its layer's."""
     if stats.value_norm is None:
         raise ValueError("value_norm is missing: name it in needs=")
-    size = stats.value_norm.gather(1, kv.pos.clamp(min=0).long())
+    size = kv.by_entry(stats.value_norm)
     # In a layer the sum changes no order; between layers it takes out the difference of scale.
-    total = size[kv.real].sum() if variant == "paper" else stats.value_norm.sum(0)[kv.pos.clamp(min=0).long()]
+    total = size[kv.real].sum() if variant == "paper" else kv.by_entry(stats.value_norm.sum(0))
     return size / total.clamp(min=TINY)
 
 

@@ -51,10 +51,9 @@ def guikv(
     for begin, end in found[-1:]:
         kind[begin:end] = CURRENT
         salient[begin:end] = saliency(norms[begin:end], temperature)
-    at = kv.pos.clamp(min=0).long()
-    total = smooth(received(kv, stats, ask, window) * before, kernel, "avg") * before + alpha * salient[at]
+    total = smooth(received(kv, stats, ask, window) * before, kernel, "avg") * before + alpha * kv.by_entry(salient)
     least = min(rank, max(1, kv.k.shape[2] // 4))
-    drop = _redundant(kv, kind[at] * kv.real, ask.B, least, basis, ask.freq if keys == "pre" else None)
+    drop = _redundant(kv, kv.by_entry(kind) * kv.real, ask.B, least, basis, ask.freq if keys == "pre" else None)
     return Scored(total.masked_fill(drop, REDUNDANT), note=note)
 
 

@@ -17,4 +17,4 @@ def tova(kv: LayerKV, stats: Stats, ask: Ask, *, rows: AtLeast1 = 1, heads: Lite
     One cut behind the document. While it reads, the paper drops a token at a time, which needs every query.
     """
     each = received(kv, stats, ask, rows)
-    return Scored(each if heads == "kv" else over_heads(kv, each, ask.N)[kv.pos.clamp(min=0).long()])
+    return Scored(each if heads == "kv" else kv.by_entry(over_heads(kv, each, ask.N)))

@@ -23,7 +23,7 @@ def zipvl_score(kv: LayerKV, stats: Stats, ask: Ask, *, tau: Share | None = None
     mass, by_query = probe_mass(kv, stats, ask)
     rest = remaining(mass)
     count = None if tau is None else torch.full_like(kv.lens, needed(rest, tau))
-    return Scored(by_query[kv.pos.clamp(min=0).long()], weight=rest, count=count)
+    return Scored(kv.by_entry(by_query), weight=rest, count=count)
 
 
 @allocate(source=SOURCE, after="zipvl")

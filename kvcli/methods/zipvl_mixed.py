@@ -22,7 +22,7 @@ SOURCE = Source("arXiv:2410.08584", 2024, question=True, checked="worked example
 def mixed_score(kv: LayerKV, stats: Stats, ask: Ask) -> Scored:
     """Attention by query that can see a token, which says how many bits it is worth; every token stays."""
     mass, by_query = probe_mass(kv, stats, ask)
-    return Scored(by_query[kv.pos.clamp(min=0).long()], weight=remaining(mass), count=kv.lens)
+    return Scored(kv.by_entry(by_query), weight=remaining(mass), count=kv.lens)
 
 
 @encode(name="zipvl-mixed", source=SOURCE, after="zipvl-mixed", lossy=True)
