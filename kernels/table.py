@@ -9,6 +9,7 @@ from .mass import attention_mass
 from .nearest import nearest_key
 from .op import Op
 from .packed import packed_attention
+from .peak import attention_peak
 from .runs import merge_runs
 from .take import take_rows
 from .window import window_scores
@@ -16,6 +17,7 @@ from .window import window_scores
 OPS: tuple[Op, ...] = (
     adjacent_cosine,
     attention_mass,
+    attention_peak,
     banded_attention,
     causal_attention,
     dense_attention,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import snapshot
+from .collect import collected
 from .device import find_device
 from .errors import UsageError
 from .model import text as texts
@@ -147,7 +148,7 @@ def prefill(
         need_snapshot(onto)
     if chunk < 1:
         raise UsageError(f"chunk={chunk}: read at least one token at a time")
-    names = snapshot.collected([collect] if isinstance(collect, str) else collect)
+    names = collected([collect] if isinstance(collect, str) else collect)
     doc = encode(document, model, warn, raw=raw, appended=onto is not None, segments=segments)
     start = onto.meta.seq.next_pos if onto else 0
     ids = _cut(doc, document, model, texts.readable(model.config) - start, warn) if truncate else doc.ids

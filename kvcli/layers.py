@@ -20,6 +20,7 @@ _WORDS = {"F": "float", "I": "int", "U": "uint"}
 DTYPES = {name: _ODD.get(name) or getattr(torch, _WORDS[name[0]] + name[1:]) for name in DTYPE_BYTES}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+PER_TOKEN = ("attn_mass", "value_norm", "mass_sq", "kvzip", "kvzip_rms", "kvzip_plus")  # statistics of each head
 PARTS = {"pos": "I32", "bias": "F32", "span": "I32"}  # what a file may hold of an entry beside k and v
 
 
@@ -140,10 +141,10 @@ def check_layer(index: int, lens: Tensor, parts: Mapping[str, Tensor | None], me
 def check_stats(index: int, stats: Stats, meta: Meta) -> Stats:
     """The same statistics; FormatError for one that does not fit the cache by dtype or shape, or that is not finite."""
     Hq, D, per_token = meta.layout.q_heads, meta.layout.head_dim, (meta.layout.heads, meta.seq.tokens)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_mass", "value_norm", "mass_sq"), per_token)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(PER_TOKEN, per_token)
     shapes |= dict.fromkeys(("resid_norm", "attn_in_norm"), per_token[1:])
     shapes |= {"sink_logit": (Hq,), "q_mean": (Hq, D), "q_cov": (Hq, D, D)}
-    for name in ("q_last", "q_probe"):
+    for name in ("q_last", "q_probe", "q_repeat"):
         positions: Tensor | None = getattr(stats, f"{name}_pos")
         count = 0 if positions is None else positions.numel()
         shapes |= {name: (Hq, count, D), f"{name}_pos": (max(count, 1),)}

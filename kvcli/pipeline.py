@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
+from .collect import COLLECT, collect_for
 from .device import CPU, ahead, blaming_card
 from .errors import InfeasibleError, KvError
 from .layers import layer_tensors
@@ -18,7 +19,7 @@ from .outline import hollow
 from .plan import Plan, check_encoding, find_sliding, make_ask, make_outline
 from .recipe import Recipe, evicting
 from .registry import Ask, Scored
-from .snapshot import COLLECT, LayerKV, Snapshot, Stats, check_finite, collect_for, finite
+from .snapshot import LayerKV, Snapshot, Stats, check_finite, finite
 from .storage import Writer
 
 Tick = Callable[[int, int], None]

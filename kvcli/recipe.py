@@ -7,10 +7,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from .budget import Budget
+from .collect import collect_for
 from .errors import UsageError
 from .options import AtLeast0, Option
 from .registry import KINDS, Kind, Stage, named
-from .snapshot import collect_for
 
 # Options of every recipe: the pipeline keeps the first and the newest tokens.
 GENERIC = {"sink": Option.of(None, AtLeast0), "recent": Option.of(None, AtLeast0)}

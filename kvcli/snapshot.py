@@ -1,41 +1,19 @@
 """The snapshot as a value: padded heads and flat rows, statistics, and the whole; knows tensors, no files."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import FormatError, UsageError
+from .collect import COLLECT
+from .errors import FormatError
 from .kernels.take import take_rows
 from .meta import Meta
 
 T = TypeVar("T")
-
-# What `--collect` names: statistics that prefill records only when asked to.
-COLLECT = {"norms": ("resid_norm", "attn_in_norm"), "moments": ("mass_sq", "q_mean", "q_cov")}
-# What a stretch of the text can be, by the code in column 2 of `stat.segments` [S, 4]: begin, end, type, group.
-SEGMENTS = ("paragraph", "turn", "system", "frame", "scale")
-
-
-def collected(texts: Iterable[str], names: Iterable[str] = COLLECT) -> tuple[str, ...]:
-    """The names in lists with commas, each once; UsageError for one that is not among `names`."""
-    found = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",")))
-    for name in found:
-        if name not in (known := [*names]):
-            near = get_close_matches(name.lower(), known, n=3)
-            why = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-            raise UsageError(f"--collect {name}: no statistics are called so", why)
-    return found
-
-
-def collect_for(stats: Iterable[str]) -> tuple[str, ...]:
-    """The names of COLLECT under which some of these statistics are recorded."""
-    some = {*stats}
-    return tuple(name for name, parts in COLLECT.items() if some & {*parts})
 
 
 @dataclass(frozen=True)
@@ -179,6 +157,11 @@ class Stats:
     q_cov: Tensor | None = None  # [Hq, D, D] float32, their covariance
     resid_norm: Tensor | None = None  # [N] float32, 2-norm of the hidden state that enters the layer
     attn_in_norm: Tensor | None = None  # [N] float32, the same behind the layer's first norm
+    kvzip: Tensor | None = None  # [H, N] float16, most attention of a query while the model repeats the document
+    kvzip_rms: Tensor | None = None  # [H, N] float16, root mean square of it over all those queries
+    kvzip_plus: Tensor | None = None  # [H, N] float16, as `kvzip`, of the value's size beside the hidden state's
+    q_repeat: Tensor | None = None  # [Hq, R, D] queries of that repetition spread evenly over the document
+    q_repeat_pos: Tensor | None = None  # [R] int32, behind the document
 
     def present(self) -> dict[str, Tensor]:
         """The fields that are there, by name, in the order they are written."""

@@ -16,11 +16,11 @@ from kvcli.cli import COMMANDS
 from kvcli.cli.kernels import LAYERS, case_words
 from kvcli.cli.tables import print_tables
 from kvcli.cli.ui import size
+from kvcli.collect import COLLECT
 from kvcli.kernels.floors import floors
 from kvcli.kernels.table import OPS
 from kvcli.recipe import written
 from kvcli.registry import stages
-from kvcli.snapshot import COLLECT
 
 ROOT = Path(__file__).parent.parent
 NAMES = ROOT / "kvcli/cli/names.py"

@@ -97,6 +97,9 @@ def _collected(heads: int, q_heads: int, tokens: int, dim: int, rng: torch.Gener
         "q_cov": spread @ spread.mT,
         "resid_norm": torch.rand(tokens, generator=rng) + 1,
         "attn_in_norm": torch.rand(tokens, generator=rng) + 1,
+        **{name: torch.rand(heads, tokens, generator=rng).half() for name in ("kvzip", "kvzip_rms", "kvzip_plus")},
+        "q_repeat": torch.randn(q_heads, min(8, tokens), dim, generator=rng),
+        "q_repeat_pos": torch.arange(tokens, tokens + min(8, tokens), dtype=torch.int32),
     }
 
 

@@ -9,12 +9,13 @@ from make import same, shrunk
 from test_architectures import MODELS, build
 from torch import Tensor
 
+from kvcli.collect import COLLECT, collected
 from kvcli.errors import UsageError
 from kvcli.model.extend import aim, extend
 from kvcli.model.load import Model, load
 from kvcli.model.moments import Moments
 from kvcli.model.observe import prefill
-from kvcli.snapshot import COLLECT, Snapshot, Stats, collected
+from kvcli.snapshot import Snapshot, Stats
 
 N, LEAD = 110, 7
 IDS = torch.randint(5, 290, (N,), generator=torch.Generator().manual_seed(0)).tolist()

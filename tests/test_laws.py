@@ -191,8 +191,8 @@ def test_permuting_heads_permutes_results(recipe: str, profiles: Profiles) -> No
     kv, stats = padded(0.0)
     turn = torch.tensor([2, 0, 1])
     queries = torch.cat([2 * turn[:, None], 2 * turn[:, None] + 1], 1).flatten()
-    by_head = dict.fromkeys(("attn_mass", "value_norm", "mass_sq"), turn)
-    by_head |= dict.fromkeys(("q_last", "q_probe", "q_mean", "q_cov"), queries)
+    by_head = dict.fromkeys(("attn_mass", "value_norm", "mass_sq", "kvzip", "kvzip_rms", "kvzip_plus"), turn)
+    by_head |= dict.fromkeys(("q_last", "q_probe", "q_repeat", "q_mean", "q_cov"), queries)
     moved = Stats(**{key: part[by_head[key]] if key in by_head else part for key, part in stats.present().items()})
     parts = {key: part[turn] for key, part in vars(kv).items() if part is not None}
     known = {name: _moved(profile, {3: turn, 6: queries}) for name, profile in profiles.items()}

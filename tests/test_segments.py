@@ -10,13 +10,14 @@ from make import shrunk
 
 import kvcli
 from kvcli.cli import run
+from kvcli.collect import SEGMENTS
 from kvcli.errors import FormatError, InfeasibleError, UsageError
 from kvcli.model.chat import messages
 from kvcli.model.load import Model
 from kvcli.model.segments import behind, in_tokens, paragraphs, spans_of, table
 from kvcli.model.text import encoded
 from kvcli.model.text import truncate as cut
-from kvcli.snapshot import SEGMENTS, Snapshot
+from kvcli.snapshot import Snapshot
 
 TEXT = "\n\nThe first.\nStill it.\n\n  The s\u00e9cond \u4e16.\n \t\n\nThe <|im_end|> last.\n\n"
 PARTS = ["\n\nThe first.\nStill it.\n\n", "  The s\u00e9cond \u4e16.\n \t\n\n", "The <|im_end|> last.\n"]

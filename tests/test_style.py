@@ -11,7 +11,7 @@ FILES = sorted([*(ROOT / "kvcli").glob("*.py"), *(ROOT / "kvcli").glob("[!k]*/*.
 # Lower may not import higher.
 LEVELS = [
     {"errors", "kernels", "stamp"},
-    {"meta"},
+    {"collect", "meta"},
     {"codes", "header", "snapshot", "options"},
     {"budget", "device", "registry", "spool"},
     {"ledger", "profiles"},

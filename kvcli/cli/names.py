@@ -40,4 +40,5 @@ CALIBRATED = (
 STATISTICS = (
     "norms",
     "moments",
+    "kvzip",
 )

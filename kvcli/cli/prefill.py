@@ -91,7 +91,7 @@ def command(docs: tuple[str, ...], output: str | None, force: bool, **options: A
     ui, docs = current(), docs or ("-",)
     _check(docs, output, options)
     if options["collect"]:
-        from ..snapshot import collected
+        from ..collect import collected
 
         options["collect"] = collected(options["collect"])
     found: dict[str, Any] = {}

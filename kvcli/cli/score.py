@@ -80,7 +80,7 @@ def _names(ui: Ui, options: dict[str, Any]) -> tuple[str, ...]:
     """What is asked for; UsageError for nothing, and for what is unknown."""
     with ui.phases() as phase:
         phase("loading torch")
-        from ..snapshot import COLLECT, collected
+        from ..collect import COLLECT, collected
 
     names = collected(options["collect"], (*COLLECT, SEGMENTS))
     if options[SEGMENTS] is not None and SEGMENTS not in names:
@@ -103,10 +103,10 @@ def _scored(
     ui: Ui, reader: "Reader", model: "Model", names: tuple[str, ...], options: dict[str, Any]
 ) -> "tuple[Snapshot, list[str]]":
     """The snapshot with what is asked for, and the warnings the user was given."""
+    from ..collect import COLLECT
     from ..model.collect import NOT_KNOWN, absent
     from ..model.resume import check_model
     from ..model.score import collect, divide
-    from ..snapshot import COLLECT
 
     told: list[str] = []
 

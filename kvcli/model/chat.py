@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from ..collect import SEGMENTS
 from ..errors import InfeasibleError
-from ..snapshot import SEGMENTS
 from .segments import table
 from .text import Encoded, around, lost, parsed_ids, plain_ids
 

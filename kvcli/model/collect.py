@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..snapshot import COLLECT, Stats, collect_for
+from ..collect import COLLECT, collect_for
+from ..snapshot import Stats
 from .attend import Law
 from .cache import Layer, named, need_own_attention, windows
 from .load import Model

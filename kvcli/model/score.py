@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..collect import COLLECT
 from ..errors import InfeasibleError
-from ..snapshot import COLLECT, Snapshot
+from ..snapshot import Snapshot
 from .given import Segments, encode
 from .load import Model
 from .observe import prefill

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..collect import SEGMENTS
 from ..errors import FormatError
-from ..snapshot import SEGMENTS
 
 Span = tuple[int, int, int, int]  # begin, end, type (index in SEGMENTS), group
 FORM = '{"start": 0, "end": 120, "type": "paragraph", "group": 0}'
