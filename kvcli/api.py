@@ -138,7 +138,8 @@ def prefill(
     onto: append the document to what this snapshot holds; MismatchError unless the model is the one that made it.
     probe: a likely question, run behind the document and left out again; compressing keeps what it asks for.
     truncate: cut a document that is too long, leaving room for a question and its answer.
-    collect: statistics that some methods need, "norms" or "moments"; `onto` goes on with those it has.
+    collect: statistics that some methods need, "norms", "moments" or "kvzip"; of these `onto` goes on with the first
+        two where it has them, and kvzip is recorded of the whole.
     segments: stretches of the text, {"start", "end", "type", "group"} in characters, or a file of them; by default
         its paragraphs.
     warn: is told what of the document the model does not see, and what is absent.
@@ -152,12 +153,12 @@ def prefill(
     doc = encode(document, model, warn, raw=raw, appended=onto is not None, segments=segments)
     start = onto.meta.seq.next_pos if onto else 0
     ids = _cut(doc, document, model, texts.readable(model.config) - start, warn) if truncate else doc.ids
-    how: dict[str, Any] = {"segments": doc.segments_of(ids), "chunk": chunk, "tick": tick}
+    how: dict[str, Any] = {"collect": names, "segments": doc.segments_of(ids), "chunk": chunk, "tick": tick}
     if onto:
         check_model(onto, model, warn=warn)
         found = extend(model, onto, ids, **how)
     else:
-        found = read_document(model, ids, doc.seq, collect=names, **how)
+        found = read_document(model, ids, doc.seq, **how)
     if probe is not None:
         found = _aimed(found, model, probe, warn)
     _tell(found, names, onto is not None, warn)

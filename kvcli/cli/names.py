@@ -18,6 +18,7 @@ METHODS = (
     "kivi",
     "knorm",
     "kvmerger",
+    "kvzip",
     "lagkv",
     "layer-defensivekv",
     "lookm",

@@ -48,11 +48,24 @@ def collecting(
     for i in held:
         layers[i].collect, layers[i].skip = parts, max(lead, SINKS)
         layers[i].freq = None if freq is None else torch.tensor(freq, device=model.device)
-    blocks = _blocks(model, ids[-1:]) if "resid_norm" in parts else {}
+    with hearing(model, layers, held, COLLECT["norms"] if "resid_norm" in parts else (), ids[-1:]):
+        yield
+
+
+@contextmanager
+def hearing(
+    model: Model, layers: Sequence[Layer], held: Sequence[int], names: Collection[str], token: Tensor
+) -> Iterator[None]:
+    """While the model reads, the layers `held` hear of the hidden states that are about to be attended to.
+
+    names: which, of those in COLLECT["norms"]. token: [1], run once on its own where any is asked for.
+    """
+    blocks = _blocks(model, token) if names else {}
     hooks = [
-        module.register_forward_pre_hook(partial(_hear, layers[i], name), with_kwargs=True)
+        blocks[i][name].register_forward_pre_hook(partial(_hear, layers[i], name), with_kwargs=True)
         for i in held
-        for name, module in blocks.get(i, {}).items()
+        for name in names
+        if i in blocks
     ]
     try:
         yield
@@ -92,7 +105,7 @@ def _blocks(model: Model, token: Tensor) -> dict[int, dict[str, nn.Module]]:  # 
     return {}
 
 
-def _hear(layer: ObservedLayer, name: str, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+def _hear(layer: Any, name: str, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
     hidden = args[0] if args else given.get("hidden_states")
     if isinstance(hidden, Tensor) and hidden.dim() == 3:
         layer.hear(name, hidden[0])

@@ -14,8 +14,10 @@ from .attend import Law
 from .cache import Layer, place, windows
 from .collect import collecting, known
 from .load import Model
-from .observe import CUT, read, rope_of
+from .observe import CUT, rope_of
 from .observed import WINDOW, ObservedLayer
+from .read import read
+from .replay import replay
 from .segments import behind
 from .text import need_room
 
@@ -26,6 +28,7 @@ def extend(
     snapshot: Snapshot,
     ids: Sequence[int],
     *,
+    collect: Sequence[str] = (),
     segments: Tensor | None = None,  # [S, 4] int32, of these tokens
     chunk: int = 1024,
     tick: Callable[[int, int], None] = lambda done, total: None,
@@ -33,8 +36,9 @@ def extend(
     """The snapshot with these tokens read behind it, as if document and tokens had been read in one go.
 
     Statistics go on as far as they can: those of all tokens (`attn_mass`, `value_norm`, what --collect recorded) are
-    left out once entries have been dropped or merged, `q_last` is renewed. Memory is the snapshot twice. Raises
-    InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
+    left out once entries have been dropped or merged, `q_last` is renewed. What kvzip stands for comes from repeating
+    all of the text, and is left out unless it is in `collect`. Memory is the snapshot twice. Raises InfeasibleError for
+    more tokens than the model reads, or repeats, KvError where a layer is not finite.
     """
     meta, tokens = snapshot.meta, torch.tensor(ids, dtype=torch.int32)
     if not len(tokens):
@@ -58,7 +62,8 @@ def extend(
     extra = {**snapshot.lasting, "stat.final_hidden": hidden[-1].cpu()}
     if segments is not None:
         extra["stat.segments"] = behind(extra.get("stat.segments"), segments, start)
-    return Snapshot(meta, every, rows, [layer.stats() for layer in layers], extra)
+    found = Snapshot(meta, every, rows, [layer.stats() for layer in layers], extra)
+    return replay(model, found, chunk=chunk, tick=tick) if "kvzip" in collect and not meta.history else found
 
 
 class _Asking(Layer):

@@ -4,17 +4,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
-from ..device import blaming_card
-from ..errors import KvError
 from ..layers import NAMES, ids_hash
 from ..meta import Json, Layout, Meta, Seq
-from ..snapshot import Snapshot, finite
-from .cache import Layer, check_shapes, named, need_own_attention, windows
+from ..snapshot import Snapshot
+from .cache import Layer, windows
 from .collect import collecting
 from .load import Model
 from .observed import ObservedLayer
+from .read import read
+from .replay import replay
 from .rope import frequencies
 from .text import need_room
 
@@ -41,15 +40,20 @@ def prefill(
     """
     need_room(model.config, len(ids), f"the document has {len(ids):,} tokens", CUT)
     layers = [ObservedLayer(len(ids), window) for window in windows(model.config)]
-    tokens = torch.tensor(ids, dtype=torch.int32)
+    tokens, total = torch.tensor(ids, dtype=torch.int32), len(ids) * (1 + ("kvzip" in collect))
     with collecting(model, layers, tokens, collect, seq[0]):
-        hidden = read(model, layers, tokens, chunk, tick)
+        hidden = read(model, layers, tokens, chunk, lambda done, _: tick(done, total))
     probe_k, probe_v = probe(model, tokens[:IDENTITY])
     extra = {"stat.final_hidden": hidden[-1].cpu(), "stat.probe_k": probe_k, "stat.probe_v": probe_v}
     if segments is not None:
         extra["stat.segments"] = segments
     rows, stats = [layer.rows() for layer in layers], [layer.stats() for layer in layers]
-    return Snapshot(_meta(model, tokens, seq, layers), tokens, rows, stats, extra)
+    found = Snapshot(_meta(model, tokens, seq, layers), tokens, rows, stats, extra)
+    return (
+        replay(model, found, chunk=chunk, tick=lambda done, _: tick(len(ids) + done, total))
+        if "kvzip" in collect
+        else found
+    )
 
 
 @torch.inference_mode()
@@ -58,35 +62,6 @@ def probe(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:  # [P] -> [L, H, 
     layers = [Layer(room=len(ids), window=window) for window in windows(model.config)]
     read(model, layers, ids, len(ids))
     return torch.stack([layer.keys for layer in layers]).cpu(), torch.stack([layer.values for layer in layers]).cpu()
-
-
-@blaming_card()
-def read(
-    model: Model,
-    layers: Sequence[Layer],
-    ids: Tensor,
-    chunk: int,
-    tick: Callable[[int, int], None] = lambda done, total: None,
-) -> Tensor:  # -> [M, d] hidden states of the last chunk after the final norm
-    """Run these ids through the model behind what the layers hold.
-
-    Raises MismatchError for ids beyond the model's vocabulary, InfeasibleError for a model whose layers are not of one
-    shape, KvError where what it computes is not finite.
-    """
-    model.check_ids(ids.tolist())
-    cache, net = Cache(layers=list(layers)), model.net
-    need_own_attention(net)
-    for start in range(0, len(ids), chunk):
-        part = ids[start : start + chunk].long()[None].to(net.device)
-        out = net.base_model(input_ids=part, use_cache=True, **named(net.base_model, cache))
-        hidden: Tensor = out.last_hidden_state[0]
-        check_shapes(layers)
-        tick(min(start + chunk, len(ids)), len(ids))
-    bad = [f"layer {i}" for i, layer in enumerate(layers) if isinstance(layer, ObservedLayer) and not layer.finite]
-    if bad or not finite(hidden):
-        who = bad[0] if bad else "the model's last hidden state"
-        raise KvError(f"NaN or infinity in {who}", f"computed in {net.dtype}", "try --dtype float32")
-    return hidden
 
 
 def _meta(model: Model, ids: Tensor, seq: tuple[int, str, bool], layers: Sequence[ObservedLayer]) -> Meta:

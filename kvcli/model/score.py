@@ -10,6 +10,7 @@ from ..snapshot import Snapshot
 from .given import Segments, encode
 from .load import Model
 from .observe import prefill
+from .replay import replay
 
 
 def need_full(snapshot: Snapshot) -> None:
@@ -29,15 +30,19 @@ def collect(
 ) -> Snapshot:
     """The snapshot with what these names of COLLECT stand for, as `prefill` records it, as well as the model allows.
 
-    Memory is a second cache of the document. Raises InfeasibleError for a compressed snapshot.
+    Memory is a second cache of the document, for kvzip alone that of a part. Raises InfeasibleError for a compressed
+    snapshot.
     """
     need_full(snapshot)
-    seq = snapshot.meta.seq
-    again = prefill(model, snapshot.ids.tolist(), (seq.lead, seq.tail, seq.chat), collect=names, chunk=chunk, tick=tick)
-    parts = [part for name in names for part in COLLECT[name]]
-    found = [{part: new for part in parts if (new := getattr(stats, part)) is not None} for stats in again.stats]
-    stats = [replace(old, **new) for old, new in zip(snapshot.stats, found, strict=True)]
-    return replace(snapshot, stats=stats)
+    if read := [name for name in names if name != "kvzip"]:
+        seq = snapshot.meta.seq
+        given = snapshot.ids.tolist(), (seq.lead, seq.tail, seq.chat)
+        again = prefill(model, *given, collect=read, chunk=chunk, tick=tick)
+        parts = [part for name in read for part in COLLECT[name]]
+        found = [{part: new for part in parts if (new := getattr(stats, part)) is not None} for stats in again.stats]
+        stats = [replace(old, **new) for old, new in zip(snapshot.stats, found, strict=True)]
+        snapshot = replace(snapshot, stats=stats)
+    return replay(model, snapshot, chunk=chunk, tick=tick) if "kvzip" in names else snapshot
 
 
 def divide(model: Model, snapshot: Snapshot, segments: Segments | None = None) -> Snapshot:
