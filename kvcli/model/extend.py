@@ -17,7 +17,7 @@ from .load import Model
 from .observe import CUT, rope_of
 from .observed import WINDOW, ObservedLayer
 from .read import read
-from .replay import replay
+from .replay import replay, room_to_repeat
 from .segments import behind
 from .text import need_room
 
@@ -45,6 +45,10 @@ def extend(
         raise UsageError("there is nothing to append")
     start, end = meta.seq.next_pos, meta.seq.next_pos + len(tokens)
     need_room(model.config, end, f"no room for {len(tokens):,} tokens behind {start:,}", CUT)
+    repeats = "kvzip" in collect and not meta.history
+    if repeats:
+        room_to_repeat(model, end, meta.seq.lead, meta.seq.tail)
+    total = len(tokens) + end * repeats
     there = on_device(snapshot, model.device)
     layers = [
         ObservedLayer(len(tokens), window, _placed(model, rows), start, stats)
@@ -52,7 +56,7 @@ def extend(
     ]
     every = torch.cat([snapshot.ids, tokens])
     with collecting(model, layers, every, known(there.stats), meta.seq.lead):
-        hidden = read(model, layers, tokens, chunk, tick)
+        hidden = read(model, layers, tokens, chunk, lambda done, _: tick(done, total))
     rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(there.rows, layers, strict=True)]
     seq = replace(meta.seq, tokens=len(every), next_pos=end, ids_hash=ids_hash(every))
     kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
@@ -63,7 +67,9 @@ def extend(
     if segments is not None:
         extra["stat.segments"] = behind(extra.get("stat.segments"), segments, start)
     found = Snapshot(meta, every, rows, [layer.stats() for layer in layers], extra)
-    return replay(model, found, chunk=chunk, tick=tick) if "kvzip" in collect and not meta.history else found
+    if not repeats:
+        return found
+    return replay(model, found, chunk=chunk, tick=lambda done, _: tick(len(tokens) + done, total))
 
 
 class _Asking(Layer):

@@ -13,7 +13,7 @@ from .collect import collecting
 from .load import Model
 from .observed import ObservedLayer
 from .read import read
-from .replay import replay
+from .replay import replay, room_to_repeat
 from .rope import frequencies
 from .text import need_room
 
@@ -39,6 +39,8 @@ def prefill(
     Raises InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
     need_room(model.config, len(ids), f"the document has {len(ids):,} tokens", CUT)
+    if "kvzip" in collect:
+        room_to_repeat(model, len(ids), *seq[:2])
     layers = [ObservedLayer(len(ids), window) for window in windows(model.config)]
     tokens, total = torch.tensor(ids, dtype=torch.int32), len(ids) * (1 + ("kvzip" in collect))
     with collecting(model, layers, tokens, collect, seq[0]):

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import KvError
+from ..errors import InfeasibleError, KvError
 from ..kernels.banded import banded_attention
 from ..kernels.mass import attention_mass
 from ..kernels.peak import attention_peak
@@ -39,6 +40,10 @@ class Part:
         """Whether it repeats the token at this position."""
         return self.begin <= at < self.end
 
+    def tell(self, done: int, _: int, N: int, tick: Callable[[int, int], None]) -> None:
+        """Say how far the document of N tokens is repeated when so many of the ids are read."""
+        tick(self.begin + max(0, done - self.asked), N)
+
     @property
     def asked(self) -> int:
         """How many of the ids ask for the repetition."""
@@ -49,11 +54,12 @@ class Repeating(Layer):
     """A cache layer behind a whole document that notes what each of its N entries receives.
 
     The softmax of a query is over the sinks, the part that is repeated, and the repetition so far: of a document in
-    one part exactly the model's own. A window that slides while the model repeats is no bound to it.
+    one part exactly the model's own. A window that slides while the model repeats is no bound to it: with room for
+    all of a repetition, nothing of it is let go.
     """
 
-    def __init__(self, prefix: Rows, N: int, window: int | None, wanted: Tensor) -> None:  # [R]
-        super().__init__(prefix, N, window=window)
+    def __init__(self, prefix: Rows, N: int, room: int, window: int | None, wanted: Tensor) -> None:  # [R]
+        super().__init__(prefix, N, room, window)
         heads = len(prefix.lens)
         self.k, self.v = (torch.unflatten(part, 0, (heads, -1)) for part in (prefix.k, prefix.v))
         self.wanted = wanted  # positions whose queries are saved
@@ -79,7 +85,9 @@ class Repeating(Layer):
         if self.sinks + self.part.end - self.part.begin < self.start or self.slid:
             lse = self._over_some(q, law)
         keys = self.k[:, self.part.begin : self.part.end]
-        logs = [lse] if self.size is None else [lse, lse + self.size.log()]
+        logs = [lse]
+        if self.size is not None:  # beside a hidden state that is 0 all would be infinite: its query does not count
+            logs.append(lse + self.size.log().masked_fill(self.size == 0, torch.inf))
         peak = attention_peak(q, keys, torch.stack(logs), law.scale, law.softcap)
         self.peaks[-1] = peak.maximum(self.peaks[-1].to(peak.device))
         softcap = None if law.softcap is None else 2 * law.softcap
@@ -99,7 +107,7 @@ class Repeating(Layer):
         """The log-sum-exp over the sinks, the part, and the repetition up to each query."""
         begin, end = self.part.begin, self.part.end
         keys = torch.cat([self.k[:, : self.sinks], self.k[:, begin:end], self.keys[:, : self.held]], 1)
-        new = torch.arange(self.start + self.gone, self.get_seq_length())
+        new = torch.arange(self.start, self.get_seq_length())
         pos = torch.cat([torch.arange(self.sinks), torch.arange(begin, end), new])
         lse: Tensor = banded_attention(q, new[-q.shape[1] :], keys, keys, pos, law.scale, None, None, law.softcap)[1]
         return lse if law.sink_logit is None else lse.logaddexp(law.sink_logit.float()[:, None])
@@ -135,22 +143,22 @@ def replay(
     """
     N, lead = snapshot.meta.seq.tokens, snapshot.meta.seq.lead
     parts = _parts(model, snapshot, size)
+    room = max(len(part.ids) for part in parts)
     wanted = torch.linspace(lead, N - 1, min(queries, N - lead)).round().long()
     pos = torch.tensor([N + part.asked + at - part.begin for part in parts for at in wanted.tolist() if part.holds(at)])
     spans, held = windows(model.config), snapshot.meta.held
     layers: list[Layer] = []
     for i, rows in enumerate(snapshot.rows):
         there = place(rows, model.device, model.net.dtype)
-        layers.append(Repeating(there, N, spans[i], wanted) if i in held else Layer(there, N, window=spans[i]))
+        layers.append(Repeating(there, N, room, spans[i], wanted) if i in held else Layer(there, N, window=spans[i]))
     with hearing(model, layers, held, ["attn_in_norm"], snapshot.ids[-1:]):
         for part in parts:
-            sinks = lead if len(parts) == 1 else min(max(lead, SINKS), part.begin)
             for layer in layers:
                 layer.reset()
                 if isinstance(layer, Repeating):
-                    layer.repeat(part, sinks)
-            read(model, layers, torch.tensor(part.ids), chunk)
-            tick(part.end, N)
+                    layer.repeat(part, min(max(lead, SINKS), part.begin))
+            told = partial(part.tell, N=N, tick=tick)
+            read(model, layers, torch.tensor(part.ids), chunk, told)
     noted = {i: layer.stats(lead, pos.int()) for i, layer in enumerate(layers) if isinstance(layer, Repeating)}
     if not all(finite(part) for each in noted.values() for part in each.values()):
         raise KvError("the attention while the document is repeated is NaN or infinite", fix="try --dtype float32")
@@ -158,26 +166,41 @@ def replay(
     return replace(snapshot, stats=stats)
 
 
+def room_to_repeat(model: Model, tokens: int, lead: int, tail: str) -> int:
+    """How many of a document's tokens can be repeated at a time behind them all.
+
+    Raises InfeasibleError where the model's context has no room for a part, which names what it has room for.
+    """
+    if tokens <= lead:
+        raise InfeasibleError("there is nothing to repeat", "all of the tokens are the chat template's")
+    encode, limit = model.tokenizer, context_length(model.config)
+    asks = max(len(plain_ids(encode, ASK)), len(plain_ids(encode, GO_ON)) + LAST) + len(parsed_ids(encode, tail))
+    room = limit - tokens - asks
+    if room < min(LEAST, tokens - lead):
+        most = max(limit - asks - LEAST, (limit - asks + lead) // 2, 0)
+        what = f"no room to repeat {tokens:,} tokens behind themselves, which at most {most:,} have"
+        raise too_long(model.config, what, "shorten the document, or leave --collect kvzip out")
+    return room
+
+
 def _parts(model: Model, snapshot: Snapshot, size: int) -> list[Part]:
     """The document in parts of `size` tokens, or fewer where the model's context ends."""
     seq, ids, encode = snapshot.meta.seq, snapshot.ids.tolist(), model.tokenizer
-    closing, limit = parsed_ids(encode, seq.tail), context_length(model.config)
-    asked = max(len(plain_ids(encode, ASK)), len(plain_ids(encode, GO_ON)) + LAST) + len(closing)
-    room = limit - seq.tokens - asked
-    if room < min(LEAST, seq.tokens - seq.lead):
-        what = f"no room to repeat a document of {seq.tokens:,} tokens: that takes {asked + LEAST} more"
-        raise too_long(model.config, what, "shorten it, or leave --collect kvzip out")
+    step, closing = min(size, room_to_repeat(model, seq.tokens, seq.lead, seq.tail)), parsed_ids(encode, seq.tail)
     found = []
-    for begin in range(seq.lead, seq.tokens, size := min(size, room)):
-        end = min(begin + size, seq.tokens)
-        ask = plain_ids(encode, GO_ON) + ids[begin - LAST : begin] if begin > seq.lead else plain_ids(encode, ASK)
-        found.append(Part(begin, end, ask + closing + ids[begin:end]))
+    for begin in range(seq.lead, seq.tokens, step):
+        end = min(begin + step, seq.tokens)
+        before = ids[max(seq.lead, begin - LAST) : begin]
+        ask = [*plain_ids(encode, GO_ON), *before] if before else plain_ids(encode, ASK)
+        found.append(Part(begin, end, [*ask, *closing, *ids[begin:end]]))
     return found
 
 
 def value_sizes(v: Tensor, weight: Tensor, q_heads: int) -> Tensor:  # [H, M, Dv], [d, Hq * Dv] -> [Hq, M] float32
-    """2-norm of each value behind the output projection of each query head of its group."""
-    heads = weight.view(-1, q_heads, v.shape[-1]).unbind(1)  # Hq x [d, Dv]
-    values = v.repeat_interleave(q_heads // len(v), 0)
-    sizes = [torch.linalg.vector_norm((x @ w.T).float(), dim=-1) for x, w in zip(values, heads, strict=True)]
-    return torch.stack(sizes)
+    """2-norm of each value behind the output projection of each query head of its group.
+
+    Of W = QR, R does that as well, Q keeping lengths, and gives vectors of the size of a value instead of a token's.
+    """
+    heads = weight.float().view(-1, q_heads, v.shape[-1]).transpose(0, 1)  # [Hq, d, Dv]
+    group, upper = q_heads // len(v), torch.linalg.qr(heads, mode="r").R
+    return torch.stack([torch.linalg.vector_norm(v[h // group].float() @ r.mT, dim=-1) for h, r in enumerate(upper)])

@@ -10,7 +10,7 @@ from ..snapshot import Snapshot
 from .given import Segments, encode
 from .load import Model
 from .observe import prefill
-from .replay import replay
+from .replay import replay, room_to_repeat
 
 
 def need_full(snapshot: Snapshot) -> None:
@@ -34,15 +34,21 @@ def collect(
     snapshot.
     """
     need_full(snapshot)
-    if read := [name for name in names if name != "kvzip"]:
-        seq = snapshot.meta.seq
+    seq, read = snapshot.meta.seq, [name for name in names if name != "kvzip"]
+    if "kvzip" in names:
+        room_to_repeat(model, seq.tokens, seq.lead, seq.tail)
+    total = seq.tokens * (bool(read) + ("kvzip" in names))
+    if read:
         given = snapshot.ids.tolist(), (seq.lead, seq.tail, seq.chat)
-        again = prefill(model, *given, collect=read, chunk=chunk, tick=tick)
+        again = prefill(model, *given, collect=read, chunk=chunk, tick=lambda done, _: tick(done, total))
         parts = [part for name in read for part in COLLECT[name]]
         found = [{part: new for part in parts if (new := getattr(stats, part)) is not None} for stats in again.stats]
         stats = [replace(old, **new) for old, new in zip(snapshot.stats, found, strict=True)]
         snapshot = replace(snapshot, stats=stats)
-    return replay(model, snapshot, chunk=chunk, tick=tick) if "kvzip" in names else snapshot
+    if "kvzip" not in names:
+        return snapshot
+    before = total - seq.tokens
+    return replay(model, snapshot, chunk=chunk, tick=lambda done, _: tick(before + done, total))
 
 
 def divide(model: Model, snapshot: Snapshot, segments: Segments | None = None) -> Snapshot:
