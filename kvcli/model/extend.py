@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..device import on_device
 from ..errors import InfeasibleError, UsageError
 from ..layers import ids_hash
+from ..meta import Meta
 from ..snapshot import Rows, Snapshot, append
 from .attend import Law
 from .cache import Layer, place, windows
@@ -58,18 +59,20 @@ def extend(
     with collecting(model, layers, every, known(there.stats), meta.seq.lead):
         hidden = read(model, layers, tokens, chunk, lambda done, _: tick(done, total))
     rows = [append(before, layer.rows(), _first(layer)) for before, layer in zip(there.rows, layers, strict=True)]
-    seq = replace(meta.seq, tokens=len(every), next_pos=end, ids_hash=ids_hash(every))
-    kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
-    meta = replace(
-        meta, seq=seq, layout=replace(meta.layout, kinds=kinds), encode="raw", rope=rope_of(model, every, layers)
-    )
     extra = {**snapshot.lasting, "stat.final_hidden": hidden[-1].cpu()}
     if segments is not None:
         extra["stat.segments"] = behind(extra.get("stat.segments"), segments, start)
-    found = Snapshot(meta, every, rows, [layer.stats() for layer in layers], extra)
+    found = Snapshot(_longer(meta, model, every, layers), every, rows, [layer.stats() for layer in layers], extra)
     if not repeats:
         return found
     return replay(model, found, chunk=chunk, tick=lambda done, _: tick(len(tokens) + done, total))
+
+
+def _longer(meta: Meta, model: Model, every: Tensor, layers: Sequence[ObservedLayer]) -> Meta:
+    seq = replace(meta.seq, tokens=len(every), next_pos=layers[0].end, ids_hash=ids_hash(every))
+    kinds = tuple("sliding" if layer.slides else "full" for layer in layers)
+    layout = replace(meta.layout, kinds=kinds)
+    return replace(meta, seq=seq, layout=layout, encode="raw", rope=rope_of(model, every, layers))
 
 
 class _Asking(Layer):
