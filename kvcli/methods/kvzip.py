@@ -21,13 +21,17 @@ def kvzip_score(
 
     `plus` weighs it by the size of the value behind the output projection, beside that of the hidden state (KVzip+).
     """
-    if plus and agg == "rms":
-        raise InfeasibleError("kvzip: agg=rms and plus do not go together", "KVzip+ is a maximum", "leave one out")
     part = stats.kvzip_plus if plus else stats.kvzip_rms if agg == "rms" else stats.kvzip
     if part is None:
         what = "kvzip:plus needs kvzip_plus, which this snapshot does not have"
         raise InfeasibleError(what, "the model does not show its output projection", "leave plus out")
     return Scored(kv.by_entry(part.float()))
+
+
+@kvzip_score.check
+def check(ask: Ask, *, agg: str, plus: bool) -> None:
+    if plus and agg == "rms":
+        raise InfeasibleError("kvzip: agg=rms and plus do not go together", "KVzip+ is a maximum", "leave one out")
 
 
 @allocate(source=SOURCE)

@@ -17,7 +17,7 @@ from .load import Model
 from .observed import ObservedLayer
 from .rope import frequencies
 
-NOT_KNOWN = "the model does not show its decoder layers or how its queries turn, or the text is too short"
+NOT_KNOWN = "the model does not show its layers, output projection or how its queries turn, or the text is too short"
 SINKS = 4  # first tokens, whose queries are unlike all others
 
 
