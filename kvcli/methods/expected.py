@@ -63,7 +63,7 @@ def log_expected(kv: LayerKV, mean: Tensor, cov: Tensor, ask: Ask) -> Tensor:  #
     """
     found = []
     groups = (torch.unflatten(part.float(), 0, (len(kv.k), -1)) for part in (mean, cov))
-    for k, real, *queries in zip(kv.k, kv.real, *groups, strict=True):
-        k = k.float().masked_fill(~real[:, None], 0.0) * ask.scale
+    for k, *queries in zip(kv.k, *groups, strict=True):
+        k = k.float() * ask.scale
         found += [capped(k @ mu + (k @ sigma * k).sum(-1) / 2, ask.softcap) for mu, sigma in zip(*queries, strict=True)]
     return torch.stack(found)
