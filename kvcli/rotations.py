@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-GRID = 32  # positions of a mixture, at most
+# Positions of a mixture, at most. Spread evenly they rank keys as all 512 do (Spearman .997), spread geometrically not
+# (.96).
+GRID = 32
 
 Average = Literal["matched", "reference", "mixture"]
 Moments = tuple[Tensor, Tensor]  # mean [..., D], covariance [..., D, D]
