@@ -54,6 +54,17 @@ PAIRS = (
     Pair(f"critical:{WATCHING}", "critical+snapkv", lambda keep: {"first_stage_ratio": half(keep)}),
     Pair(f"snapkv:{WATCHING}+adakv:floor=0", "adakv+snapkv", lambda keep: {"alpha_safeguard": 0.0}),
     Pair(f"snapkv:{WATCHING}+adakv", "adakv+snapkv", why=f"{SIZES}our floor is mixed in as published, theirs reserved"),
+    Pair("expected:rope_average=reference,sink=4,recent=0", "expected attention"),
+    Pair(
+        "expected:rope_average=reference,epsilon=0.01,sink=4,recent=0+adakv:floor=0",
+        "adakv+expected",
+        lambda keep: {"alpha_safeguard": 0.0},
+    ),
+    Pair(
+        "expected:sink=4,recent=0",
+        "expected attention",
+        why="ours has all the variance that rotations leave; a mean of rotations has less",
+    ),
     Pair(f"pyramidkv:{WATCHING}", "pyramidkv", why=f"{SIZES}our steps lie beside the window, theirs begin under it"),
 )
 
@@ -92,7 +103,7 @@ def shares(ours: list[list[set[int]]], other: list[list[list[int]]]) -> dict[str
 def compared(interpreter: str, model: Model, name: str, ids: list[int]) -> Iterator[dict[str, Any]]:
     """A row for each method and budget."""
     config, rows = theirs(interpreter, make_job(model, name, ids))
-    full = kvcli.prefill(ids, model)
+    full = kvcli.prefill(ids, model, collect=("moments",))
     for (pair, keep), row in zip(product(PAIRS, BUDGETS), rows, strict=True):
         small = kvcli.compress(full, pair.recipe, keep)
         about = {"cache": name, "recipe": pair.recipe, "press": pair.press, "why": pair.why, "budget": keep}

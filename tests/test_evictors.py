@@ -137,7 +137,7 @@ def test_critical_reads_norms_by_position_and_a_short_head_is_kept_whole() -> No
 
 
 RECIPES = ["cake", "tova", "pyramidkv", "lagkv", "critical", "zipvl", "critical+adakv", "lagkv+global"]
-RECIPES += ["h2o+pyramidkv", "kvmerger+pyramidkv"]
+RECIPES += ["h2o+pyramidkv", "kvmerger+pyramidkv", "expected", "expected+adakv", "expected+global"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -56,14 +56,15 @@ def same(one: Snapshot, other: Snapshot) -> None:
                 found, expected = getattr(its_twin, field.name), getattr(layer, field.name)
                 assert (found is None) == (expected is None)
                 if found is not None:
-                    torch.testing.assert_close(found, expected, **CLOSE)
+                    close = CLOSE if found.dtype is torch.float32 else {}  # 16 bits are off by a last one
+                    torch.testing.assert_close(found, expected, **close)
     torch.testing.assert_close(dict(other.extra), dict(one.extra), **CLOSE)
 
 
 @pytest.mark.slow
 def test_every_kernel_has_its_part(model: Any, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def job() -> tuple[list[Snapshot], list[int]]:
-        full = kvcli.prefill(TEXT, model, raw=True, chunk=40)
+        full = kvcli.prefill(TEXT, model, raw=True, chunk=40, collect="kvzip")
         small = [kvcli.compress(full, recipe, "35%") for recipe in ("kvmerger", "snapkv+adakv", "lookm")]
         coded = kvcli.compress(full, "kivi:group=8")  # a last bit may be a whole step of its scale
         asked = [part.inputs(model, "?") for part in (small[1], coded)]

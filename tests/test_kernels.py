@@ -20,6 +20,7 @@ from kvcli.kernels.dense import count_pieces, dense_attention, join
 from kvcli.kernels.mass import attention_mass
 from kvcli.kernels.nearest import nearest_key
 from kvcli.kernels.op import Fn, Op
+from kvcli.kernels.peak import attention_peak
 from kvcli.kernels.runs import merge_runs
 from kvcli.kernels.table import OPS
 from kvcli.kernels.take import take_rows
@@ -61,6 +62,11 @@ def naive_attention_mass(
     mass = cap(logit, softcap) - lse[..., None]
     mass = mass.exp().tril() if causal else mass.exp()
     return mass.sum(1).unflatten(0, (len(k), -1)).mean(1)
+
+
+def naive_attention_peak(q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logit = cap(q @ k.repeat_interleave(len(q) // len(k), 0).mT * scale, softcap)
+    return torch.stack([(logit - way[..., None]).amax(1) for way in lse])
 
 
 def naive_banded_attention(
@@ -235,8 +241,8 @@ def test_strides_do_not_matter(op: Op) -> None:
     check(results(op, each(strided, args)), results(op, each(Tensor.contiguous, args)), EXACT)
 
 
-# The rows that take_rows is given are counted through all heads.
-@pytest.mark.parametrize("op", [op for op in OPS if op is not take_rows], ids=lambda op: op.name)
+# The rows that take_rows is given are counted through all heads, and the ways of attention_peak come before the heads.
+@pytest.mark.parametrize("op", [op for op in OPS if op not in (take_rows, attention_peak)], ids=lambda op: op.name)
 def test_permuting_kv_heads_permutes_the_results(op: Op) -> None:
     case = next(case for case in reversed(op.cases) if case.get("H", len(case.get("lens", ""))) > 1)
     args = dict(zip(inspect.signature(op.ref).parameters, op.inputs(case, torch.float32, seed=4), strict=False))
@@ -294,6 +300,56 @@ def test_mass_ignores_queries_that_see_nothing(twin: Callable[[Op], Fn], causal:
     assert not run(q, k, torch.full_like(lse, -math.inf), scale, causal).any()
     assert not run(q[:, :0], k, lse[:, :0], scale, False).any()
     assert run(q, k[:, :0], lse, scale, False).shape == (2, 0)
+
+
+def test_permuting_heads_permutes_peaks(twin: Callable[[Op], Fn]) -> None:
+    run = twin(attention_peak)
+    q, k, lse, *rest = attention_peak.inputs(
+        {"H": 3, "G": 2, "M": 65, "T": 33, "D": 20, "P": 2, "softcap": 2.0}, torch.bfloat16, seed=0
+    )
+    heads, kv_heads = [5, 4, 0, 1, 3, 2], [2, 0, 1]
+    assert torch.equal(run(q[heads], k[kv_heads], lse[:, heads], *rest), run(q, k, lse, *rest)[:, heads])
+
+
+@pytest.mark.parametrize("loud", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_peaks_are_as_exact_as_float32(twin: Callable[[Op], Fn], softcap: float | None, loud: bool) -> None:
+    case = {"H": 2, "G": 2, "M": 129, "T": 65, "D": 64, "P": 2, "softcap": softcap, "loud": loud}
+    q, k, lse, *rest = attention_peak.inputs(case, torch.bfloat16, seed=0)
+    off = twin(attention_peak)(q, k, lse, *rest) - naive_attention_peak(q.double(), k.double(), lse.double(), *rest)
+    assert off.abs().max() < (5e-3 if loud and not softcap else 1e-5)  # a logit of 1e4 has steps of 1e-3
+
+
+def test_a_query_that_does_not_count_is_no_peak(twin: Callable[[Op], Fn]) -> None:
+    run = twin(attention_peak)
+    q, k, lse, *rest = attention_peak.inputs({"H": 2, "G": 2, "M": 9, "T": 5, "D": 16, "P": 2}, torch.float32, seed=0)
+    q[:, [1, 5]] *= 100  # they would be
+    one = lse.clone()
+    one[0, :, [1, 5]] = math.inf
+    mine = [0, 2, 3, 4, 6, 7, 8]
+    peak = run(q, k, one, *rest)
+    check([peak[:1]], [run(q[:, mine], k, lse[:1, :, mine], *rest)], EXACT)
+    check([peak[1:]], [run(q, k, lse[1:], *rest)], EXACT)
+    nothing = torch.full((2, 4, 5), -math.inf)
+    assert torch.equal(run(q, k, torch.full_like(lse, math.inf), *rest), nothing)
+    assert torch.equal(run(q[:, :0], k, lse[..., :0], *rest), nothing)
+    assert run(q, k[:, :0], lse, *rest).shape == (2, 4, 0)
+
+
+def test_a_query_of_weight_w_counts_w_times(twin: Callable[[Op], Fn]) -> None:
+    case = {"H": 1, "G": 2, "M": 33, "T": 17, "D": 32}
+    q, k, lse, scale, _ = attention_peak.inputs(case, torch.float32, seed=0)
+    weight = torch.rand(33, generator=torch.Generator().manual_seed(0)) + 0.1
+    shares = (q @ k.mT * scale - lse[0, ..., None]).exp()
+    peak = twin(attention_peak)(q, k, torch.cat([lse, lse - weight.log()]), scale)
+    torch.testing.assert_close(peak.exp(), torch.stack([shares.amax(1), (shares * weight[:, None]).amax(1)]))
+
+
+@pytest.mark.parametrize("G", [1, 3, 300])
+def test_peaks_over_many_tiles(G: int) -> None:
+    case = {"H": 1, "G": G, "M": 5 if G == 300 else 517, "T": 1031, "D": 8, "P": 2}
+    args = attention_peak.inputs(case, torch.bfloat16, seed=0)
+    check([attention_peak.cpu(*args)], [attention_peak.ref(*args)], EXACT)  # type: ignore[misc]
 
 
 def test_cosine_of_equal_opposite_and_zero_keys(twin: Callable[[Op], Fn]) -> None:

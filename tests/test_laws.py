@@ -22,6 +22,8 @@ SHARES = [f"{stage.after or 'snapkv'}+allocate={stage.name}" for stage in stages
 RECIPES = [*SCORES, *SHARES, "kvmerger+adakv", "kvmerger:values=mean"]
 RECIPES += [
     "kvmerger+global",
+    "expected:rope_average=reference",
+    "expected:rope_average=mixture,epsilon=0.02+adakv",
     "kvmerger:keys=pivot",
     "kvmerger:keys=rerotate",
     "kvmerger:sigma=5,max_run=17",
@@ -39,6 +41,7 @@ DRAWN = {"random", "snapkv+reduce=cam"}
 RECIPES = [recipe for recipe in RECIPES if Recipe.parse(recipe).takes_budget]
 SIZES = {"layers": 2, "heads": 3, "q_heads": 6, "tokens": 83, "dim": 16}
 SEGMENTS = make_snapshot(**SIZES).extra["stat.segments"]
+ROPE = {"head_dim": 16, "inv_freq": [1.0, 0.1, 0.01]}
 Profiles = dict[str, Json]
 
 
@@ -170,8 +173,7 @@ def padded(fill: float) -> tuple[LayerKV, Stats]:
 def stage_by_stage(name: str, kv: LayerKV, stats: Stats, profiles: Profiles) -> LayerKV:
     recipe = Recipe.parse(name)
     B = int(kv.lens.min()) // 2 + 1
-    rope = {"head_dim": 16, "inv_freq": [1.0, 0.1, 0.01]}
-    ask = Ask(0, 1, 3 * B, B, 83, 1, 2, 0, 0.25, rope=rope, segments=SEGMENTS, profiles=profiles)
+    ask = Ask(0, 1, 3 * B, B, 83, 1, 2, 0, 0.25, rope=ROPE, segments=SEGMENTS, profiles=profiles)
     assert recipe.score
     scored = protect(recipe.score(kv, stats, ask), kv, ask)
     small, pivot = recipe.reduce(kv, stats, scored, recipe.allocate([scored], 3 * B, ask)[0], ask)
@@ -215,7 +217,7 @@ def _moved(profile: Json, turns: dict[int, torch.Tensor]) -> Json:
 
 def test_what_stays_has_the_highest_score(profiles: Profiles) -> None:
     kv, stats = padded(0.0)
-    ask = Ask(0, 1, 30, 10, 83, 0, 0, 0, 0.25, segments=SEGMENTS, profiles=profiles)
+    ask = Ask(0, 1, 30, 10, 83, 0, 0, 0, 0.25, rope=ROPE, segments=SEGMENTS, profiles=profiles)
     for name in set(SCORES) & set(RECIPES):
         stage = named(name)["score"]
         scored = protect(stage(kv, stats, ask), kv, ask)

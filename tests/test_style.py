@@ -15,7 +15,7 @@ LEVELS = [
     {"codes", "header", "snapshot", "options"},
     {"budget", "device", "registry", "spool"},
     {"ledger", "profiles"},
-    {"probes", "receivers", "shares", "window"},
+    {"probes", "receivers", "rotations", "shares", "window"},
     {"methods", "recipe"},
     {"layers"},
     {"outline"},

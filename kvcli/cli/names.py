@@ -9,6 +9,7 @@ METHODS = (
     "d2o",
     "defensivekv",
     "evict",
+    "expected",
     "global",
     "guikv",
     "h2o",
