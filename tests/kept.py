@@ -6,7 +6,7 @@ float32: a text with the default model, and random ids with a random one. Rows g
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
@@ -20,7 +20,9 @@ from tiny import tiny_model
 
 import kvcli
 from kvcli.model.load import Model, load
-from kvcli.model.text import document_ids
+from kvcli.model.observe import prefill
+from kvcli.model.text import document_ids, opening_ids
+from kvcli.recipe import Recipe, collect_of
 from kvcli.snapshot import Snapshot
 from kvcli.stamp import stamp
 
@@ -30,6 +32,7 @@ TOKENS, BUDGETS, WINDOW = 1000, (0.5, 0.35, 0.1), 64
 WATCHING = f"window={WINDOW},kernel=5,pool=avg,sink=0,recent={WINDOW}"
 
 SIZES = "the same entries in other numbers: "
+TEMPLATE = "of the chat template its softmax has 4 tokens, ours all, as the model's own"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Pair:
     press: str
     options: Callable[[float], dict[str, float]] = lambda keep: {}  # of the press
     why: str = ""  # where the two are not meant to agree
+    chat: bool = False  # read behind the chat template, whose tokens the press leaves without a score in any case
 
 
 PAIRS = (
@@ -65,6 +69,9 @@ PAIRS = (
         "expected attention",
         why="ours has all the variance that rotations leave; a mean of rotations has less",
     ),
+    Pair("kvzip:sink=4,recent=0", "kvzip", why=TEMPLATE, chat=True),
+    Pair("kvzip:sink=4,recent=0,share=layer", "kvzip", lambda keep: {"layerwise": True}, TEMPLATE, chat=True),
+    Pair("kvzip:sink=4,recent=0,plus", "kvzip", lambda keep: {"kvzip_plus_normalization": True}, TEMPLATE, chat=True),
     Pair(f"pyramidkv:{WATCHING}", "pyramidkv", why=f"{SIZES}our steps lie beside the window, theirs begin under it"),
 )
 
@@ -75,9 +82,9 @@ def half(keep: float) -> float:
     return (min(B // 2, B - WINDOW) + WINDOW) / B
 
 
-def make_job(model: Model, name: str, ids: list[int]) -> dict[str, Any]:
+def make_job(model: Model, name: str, ids: list[int], pairs: Sequence[Pair]) -> dict[str, Any]:
     """What `peer.py` reads."""
-    presses = [[pair.press, keep, pair.options(keep)] for pair, keep in product(PAIRS, BUDGETS)]
+    presses = [[pair.press, keep, pair.options(keep)] for pair, keep in product(pairs, BUDGETS)]
     head = {"model": str(model.folder), "dtype": "float32", "presses": presses, "kept": True}
     return {**head, "cases": [{"name": name, "ids": ids, "questions": []}]}
 
@@ -100,15 +107,22 @@ def shares(ours: list[list[set[int]]], other: list[list[list[int]]]) -> dict[str
     }
 
 
-def compared(interpreter: str, model: Model, name: str, ids: list[int]) -> Iterator[dict[str, Any]]:
-    """A row for each method and budget."""
-    config, rows = theirs(interpreter, make_job(model, name, ids))
-    full = kvcli.prefill(ids, model, collect=("moments",))
-    for (pair, keep), row in zip(product(PAIRS, BUDGETS), rows, strict=True):
-        small = kvcli.compress(full, pair.recipe, keep)
-        about = {"cache": name, "recipe": pair.recipe, "press": pair.press, "why": pair.why, "budget": keep}
-        rest = {"options": row["options"], "tokens": len(ids), "kvpress": config["kvpress"]}
-        yield {**about, **rest, **shares(positions(small), row["kept"])}
+def compared(
+    interpreter: str, model: Model, name: str, ids: list[int], pairs: Sequence[Pair] = PAIRS
+) -> Iterator[dict[str, Any]]:
+    """A row for each method and budget, first of those that read the ids alone, then of those behind the template."""
+    for chat in (False, True):
+        some = [pair for pair in pairs if pair.chat == chat]
+        lead, tail = opening_ids(model.tokenizer, True) if chat else ([], "\n")
+        read = [*lead, *ids][:TOKENS]
+        config, rows = theirs(interpreter, make_job(model, name, read, some))
+        names = collect_of((Recipe.parse(pair.recipe), None) for pair in some)
+        full = prefill(model, read, (len(lead), tail, chat), collect=names)
+        for (pair, keep), row in zip(product(some, BUDGETS), rows, strict=True):
+            small = kvcli.compress(full, pair.recipe, keep)
+            about = {"cache": name, "recipe": pair.recipe, "press": pair.press, "why": pair.why, "budget": keep}
+            rest = {"options": row["options"], "tokens": len(read), "kvpress": config["kvpress"]}
+            yield {**about, **rest, **shares(positions(small), row["kept"])}
 
 
 def main() -> None:

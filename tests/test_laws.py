@@ -22,6 +22,8 @@ SHARES = [f"{stage.after or 'snapkv'}+allocate={stage.name}" for stage in stages
 RECIPES = [*SCORES, *SHARES, "kvmerger+adakv", "kvmerger:values=mean"]
 RECIPES += [
     "kvmerger+global",
+    "kvzip:plus,share=layer",
+    "kvzip:agg=rms,share=uniform",
     "expected:rope_average=reference",
     "expected:rope_average=mixture,epsilon=0.02+adakv",
     "kvmerger:keys=pivot",
