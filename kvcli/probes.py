@@ -10,17 +10,22 @@ from .snapshot import LayerKV, Stats
 from .window import last_queries, over_heads, received
 
 
+def spread_queries(stats: Stats, N: int) -> tuple[Tensor, Tensor]:  # -> [Hq, R, D], [R]
+    """The queries of a document of N tokens that were saved, spread ones and then the last, and their positions."""
+    if stats.q_probe is None or stats.q_probe_pos is None:
+        raise ValueError("q_probe is missing: name it in needs=")
+    q, q_pos = last_queries(stats, N)
+    spread = stats.q_probe_pos < q_pos[0]  # the others would count twice
+    return torch.cat([stats.q_probe[:, spread], q], 1), torch.cat([stats.q_probe_pos[spread], q_pos])
+
+
 def probe_mass(kv: LayerKV, stats: Stats, ask: Ask) -> tuple[Tensor, Tensor]:  # -> [N], [N] float32
     """Attention each position gets from the last and the spread queries, and the same by query that can see it.
 
     Summed over the queries, mean over all query heads; each query looks back from its own place. Needs q_last, q_probe.
     The newest are seen by few queries, their own above all, and look large by query: `recent=` keeps them anyway.
     """
-    if stats.q_probe is None or stats.q_probe_pos is None:
-        raise ValueError("q_probe is missing: name it in needs=")
-    q, q_pos = last_queries(stats, ask.N)
-    spread = stats.q_probe_pos < q_pos[0]  # the others would count twice
-    q, q_pos = torch.cat([stats.q_probe[:, spread], q], 1), torch.cat([stats.q_probe_pos[spread], q_pos])
+    q, q_pos = spread_queries(stats, ask.N)
     each = received(kv, replace(stats, q_last=q, q_last_pos=q_pos), ask, len(q_pos))
     mass = over_heads(kv, each, ask.N)
     seen = (torch.arange(ask.N, device=q_pos.device) <= q_pos[:, None]).sum(0)

@@ -15,7 +15,7 @@ LEVELS = [
     {"codes", "header", "snapshot", "options"},
     {"budget", "device", "registry", "spool"},
     {"ledger", "profiles"},
-    {"probes", "receivers", "shares", "window"},
+    {"fitting", "probes", "receivers", "shares", "window"},
     {"methods", "recipe"},
     {"layers"},
     {"outline"},

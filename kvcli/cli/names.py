@@ -21,6 +21,7 @@ METHODS = (
     "lagkv",
     "layer-defensivekv",
     "lookm",
+    "matching",
     "pyramidkv",
     "random",
     "raw",
