@@ -38,6 +38,11 @@ class Sight:
         beside = (self.sink if sink is None else sink)[:, None]
         return torch.cat([self.log + beta, beside], 1).softmax(1)[:, :-1]
 
+    def short(self, beta: Tensor) -> float:  # [t]
+        """Mean square of what is missing from the mass of all entries, relative to it."""
+        missing = 1 - self.sink.exp() - (self.log + beta).exp().sum(1)
+        return float(missing.square().mean().nan_to_num(math.inf))
+
     def error(self, beta: Tensor, v: Tensor) -> float:  # [t], [t, Dv]
         """Mean distance from the output of full attention, both beside new tokens of as much mass as all entries had.
 
@@ -54,15 +59,15 @@ def match(
     """Log-mass to add to each entry, and new values in the dtype of `v`; 0 and `v` itself where nothing is gained.
 
     First the mass, then the values are fitted with each of `rhos`, how strongly they are drawn to what they were, to
-    queries not in `held`. What makes the error of the `held` smallest is fitted again to all. Queries that see nothing
-    of what stays are left out.
+    queries not in `held`. What is nearest to the truth for those in `held` is fitted again to all; if that brings their
+    output no nearer than plain eviction, nothing is gained. Queries that see nothing of what stays are left out.
     """
     seen, none = sight.log.amax(1) > -torch.inf, v.new_zeros(len(v), dtype=torch.float64)
     fit, test, sight = sight.at(seen & ~held), sight.at(seen & held), sight.at(seen)
     if not len(fit.out) or not len(test.out):
         return none, v
     betas = [none, *masses(fit, rhos, clip)]
-    m = _least([test.error(beta, v) for beta in betas])
+    m = _least([test.short(beta) for beta in betas])
     u = _least([test.error(betas[m], new) for new in (v, *values(fit, betas[m], v, rhos))])
     beta = next(masses(sight, rhos[m - 1 : m], clip)) if m else none
     new = next(values(sight, beta, v, rhos[u - 1 : u])) if u else v
@@ -76,9 +81,9 @@ def _least(errors: list[float]) -> int:
 def masses(sight: Sight, rhos: Sequence[float], clip: float) -> Iterator[Tensor]:  # -> [t] each
     """Log-mass within +-clip with which the sum of what stays comes closest to that of all entries, relative to it."""
     share = sight.log.exp()
-    lost = 1 - sight.sink.exp() - share.sum(1)
-    for rho, more in zip(rhos, ridges(share, lost[:, None], rhos), strict=True):
-        yield _within(share, lost, penalty(share, rho), more[:, 0], clip).log1p()
+    missing = 1 - sight.sink.exp() - share.sum(1)
+    for rho, more in zip(rhos, ridges(share, missing[:, None], rhos), strict=True):
+        yield _within(share, missing, penalty(share, rho), more[:, 0], clip).log1p()
 
 
 def values(sight: Sight, beta: Tensor, v: Tensor, rhos: Sequence[float]) -> Iterator[Tensor]:  # [t], [t, Dv] -> [t, Dv]
