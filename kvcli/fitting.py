@@ -33,15 +33,13 @@ class Sight:
         """What some of the queries see."""
         return Sight(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
-    def weights(self, beta: Tensor, sink: Tensor | None = None) -> Tensor:  # [t], [n] -> [n, t]
+    def weights(self, beta: Tensor) -> Tensor:  # [t] -> [n, t]
         """Attention to what stays, with this log-mass added."""
-        beside = (self.sink if sink is None else sink)[:, None]
-        return torch.cat([self.log + beta, beside], 1).softmax(1)[:, :-1]
+        return self._beside(beta, self.sink).softmax(1)[:, :-1]
 
-    def short(self, beta: Tensor) -> float:  # [t]
-        """Mean square of what is missing from the mass of all entries, relative to it."""
-        missing = 1 - self.sink.exp() - (self.log + beta).exp().sum(1)
-        return float(missing.square().mean().nan_to_num(math.inf))
+    def off(self, beta: Tensor) -> float:  # [t]
+        """Mean distance of the log of the mass from that of full attention."""
+        return float(self._beside(beta, self.sink).logsumexp(1).abs().mean().nan_to_num(math.inf))
 
     def error(self, beta: Tensor, v: Tensor) -> float:  # [t], [t, Dv]
         """Mean distance from the output of full attention, both beside new tokens of as much mass as all entries had.
@@ -49,8 +47,11 @@ class Sight:
         Without them the sum of the mass that stays would not show.
         """
         rival = torch.logaddexp(self.sink, torch.zeros_like(self.sink))
-        off = self.weights(beta, rival) @ v.double() - self.out / 2
+        off = self._beside(beta, rival).softmax(1)[:, :-1] @ v.double() - self.out / 2
         return float(off.norm(dim=1).mean().nan_to_num(math.inf))
+
+    def _beside(self, beta: Tensor, other: Tensor) -> Tensor:  # [t], [n] -> [n, t + 1]
+        return torch.cat([self.log + beta, other[:, None]], 1)
 
 
 def match(
@@ -67,7 +68,7 @@ def match(
     if not len(fit.out) or not len(test.out):
         return none, v
     betas = [none, *masses(fit, rhos, clip)]
-    m = _least([test.short(beta) for beta in betas])
+    m = _least([test.off(beta) for beta in betas])
     u = _least([test.error(betas[m], new) for new in (v, *values(fit, betas[m], v, rhos))])
     beta = next(masses(sight, rhos[m - 1 : m], clip)) if m else none
     new = next(values(sight, beta, v, rhos[u - 1 : u])) if u else v

@@ -21,8 +21,10 @@ from kvcli.recipe import Recipe
 from kvcli.registry import Ask, Scored, named
 from kvcli.snapshot import LayerKV, Stats
 
+FREQ = [1.0, 0.1, 0.01]
 WEAK = [1e-15]  # a ridge that is only what Cholesky needs
 D = 64
+QUERIES: tuple[Any, ...] = ("auto", "repeat", "context")
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -238,6 +240,17 @@ def test_what_does_not_help_the_held_out_is_not_taken() -> None:
     assert new is v and not bool(beta.any())
 
 
+def test_mass_that_makes_the_output_worse_is_not_taken() -> None:
+    """Targets that plain eviction gives beside new tokens, though mass is missing."""
+    seen, _, v = halves(200)
+    none = torch.zeros(51, dtype=torch.float64)
+    beside = torch.cat([seen.log, torch.zeros(200, 1, dtype=torch.float64)], 1).softmax(1)[:, :-1]
+    odd = replace(seen, out=2 * beside @ v)
+    assert odd.error(none, v) < 1e-12 and odd.off(next(masses(odd, [0.1], 3.0))) < 0.5 * odd.off(none)
+    beta, new = match(odd, held(200), v)
+    assert new is v and not bool(beta.any())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_queries_that_are_no_numbers_leave_all_as_it_was(bad: float) -> None:
     logit, v, kept = clusters()
@@ -283,7 +296,12 @@ def layer(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[LayerKV, 
     full = make_snapshot(1, 3, 6, 83, 16, dtype, **{"ragged": True, **options})
     kv = full.layer(0)
     score = torch.rand(kv.pos.shape, generator=torch.Generator().manual_seed(4)).masked_fill(~kv.real, -math.inf)
-    return kv, full.stats[0], Scored(score), Ask(0, 1, 60, 20, 83, 0, 0, 0, 0.25)
+    return (
+        kv,
+        full.stats[0],
+        Scored(score),
+        Ask(0, 1, 60, 20, 83, 0, 0, 0, 0.25, rope={"head_dim": 16, "inv_freq": FREQ}),
+    )
 
 
 def evicted(kv: LayerKV, stats: Stats, scored: Scored, count: Tensor, ask: Ask) -> LayerKV:
@@ -291,20 +309,35 @@ def evicted(kv: LayerKV, stats: Stats, scored: Scored, count: Tensor, ask: Ask) 
     return small
 
 
+def asked_of(stats: Stats, queries: str) -> tuple[Tensor, Tensor]:  # -> [Hq, R, D], [R]
+    """The queries by that name: those of the document are turned by complex numbers to stand at 83, 84 and so on."""
+    assert stats.q_repeat is not None and stats.q_repeat_pos is not None
+    assert stats.q_last is not None and stats.q_last_pos is not None
+    assert stats.q_probe is not None and stats.q_probe_pos is not None
+    if queries == "repeat":
+        return stats.q_repeat, stats.q_repeat_pos
+    if queries == "last":
+        return stats.q_last, stats.q_last_pos
+    early = stats.q_probe_pos < stats.q_last_pos[0]
+    q = torch.cat([stats.q_probe[:, early], stats.q_last], 1).double()
+    at = torch.arange(83, 83 + q.shape[1])
+    by = (at - torch.cat([stats.q_probe_pos[early], stats.q_last_pos]))[:, None] * torch.tensor(FREQ).double()
+    turned = torch.complex(q[..., :3], q[..., 3:6]) * torch.polar(torch.ones_like(by), by)
+    return torch.cat([turned.real, turned.imag, q[..., 6:]], -1), at
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("queries", ["repeat", "context"])
+@pytest.mark.parametrize("queries", ["repeat", "context", "last"])
 def test_a_layer_against_dense_algebra(queries: Any, sinks: bool, softcap: float | None) -> None:
     """The ridges of the definition, solved by a stack of rows; limits so wide that they do not bind."""
     kv, stats, scored, ask = layer(bias=True)
     ask, count, rho = replace(ask, softcap=softcap), torch.tensor([20, 9, 31]).minimum(kv.lens - 1), 2.0
     stats = replace(stats, sink_logit=torch.linspace(-2, 2, 6) if sinks else None)
+    q, at = asked_of(stats, queries)
+    if queries == "last":
+        ask, queries = replace(ask, rope={}), "context"
     small, pivot = matching(kv, stats, scored, count, ask, queries=queries, rho=rho, clip=40.0)
-    q, at = (stats.q_repeat, stats.q_repeat_pos) if queries == "repeat" else (stats.q_last, stats.q_last_pos)
-    assert q is not None and at is not None and stats.q_probe is not None and stats.q_probe_pos is not None
-    if queries == "context":
-        early = stats.q_probe_pos < at[0]
-        q, at = torch.cat([stats.q_probe[:, early], q], 1), torch.cat([stats.q_probe_pos[early], at])
     taken = 0
     for h, kept in enumerate(pivot):
         kept, real = kept[kept >= 0], kv.real[h]
@@ -337,6 +370,19 @@ def test_a_layer_against_dense_algebra(queries: Any, sinks: bool, softcap: float
     assert taken and torch.equal(small.k, evicted(kv, stats, scored, count, ask).k)
 
 
+def test_every_fourth_place_is_held_out_in_all_heads_of_a_group() -> None:
+    kv, stats, scored, ask = layer()
+    small, pivot = matching(kv, stats, scored, torch.tensor([20, 9, 31]).minimum(kv.lens - 1), ask, queries="repeat")
+    assert stats.q_repeat is not None and small.bias is not None
+    for h, kept in enumerate(pivot):
+        kept, k, v = kept[kept >= 0], kv.k[h][kv.real[h]], kv.v[h][kv.real[h]]
+        logit = (stats.q_repeat[2 * h : 2 * h + 2] @ k.mT * 0.25).flatten(0, 1)
+        test = torch.tensor([False, True, False, False] * 4)
+        beta, new = match(Sight.of(logit, v, kept, no_sink(16).float()), test, v[kept])
+        torch.testing.assert_close(small.bias[h, : len(kept)], beta.float(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(small.v[h, : len(kept)], new, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_heads_that_lose_nothing_or_all_but_one(dtype: torch.dtype) -> None:
     kv, stats, scored, ask = layer(dtype, bias=True)
@@ -364,16 +410,13 @@ def test_which_queries() -> None:
     kv, stats, scored, ask = layer()
     count = kv.lens // 2 + 1
     plain = replace(stats, q_repeat=None, q_repeat_pos=None)
-    auto, repeat, context, without = (
-        matching(kv, *found, count, ask, queries=queries)[0]  # type: ignore[arg-type]
-        for found, queries in (
-            ((stats, scored), "auto"),
-            ((stats, scored), "repeat"),
-            ((stats, scored), "context"),
-            ((plain, scored), "auto"),
-        )
-    )
-    assert torch.equal(auto.v, repeat.v) and torch.equal(context.v, without.v) and not torch.equal(auto.v, context.v)
+    auto, repeat, context = (matching(kv, stats, scored, count, ask, queries=name)[0] for name in QUERIES)
+    assert not torch.equal(auto.v, repeat.v) and not torch.equal(auto.v, context.v)
+    assert torch.equal(matching(kv, plain, scored, count, ask)[0].v, context.v)
+    every = asked_of(stats, "context"), asked_of(stats, "repeat")
+    q, q_pos = (torch.cat(parts, axis) for parts, axis in zip(zip(*every, strict=True), (1, 0), strict=True))
+    together = replace(stats, q_repeat=q, q_repeat_pos=q_pos)
+    torch.testing.assert_close(matching(kv, together, scored, count, ask, queries="repeat")[0].v, auto.v)
     with pytest.raises(InfeasibleError, match="q_repeat"):
         matching(kv, plain, scored, count, ask, queries="repeat")
 

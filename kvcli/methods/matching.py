@@ -11,7 +11,7 @@ from ..errors import InfeasibleError
 from ..fitting import RHOS, Sight, match
 from ..kernels.banded import capped
 from ..options import Positive
-from ..probes import spread_queries
+from ..probes import turned_queries
 from ..registry import Ask, Scored, Source, reduce
 from ..snapshot import LayerKV, Stats, gather, mask_index, top_mask
 
@@ -35,14 +35,14 @@ def matching(
 ) -> tuple[LayerKV, Tensor]:
     """Keep the highest scores of each head; fit their log-mass and values to queries, where that helps those held out.
 
-    The queries are those of a repetition of the document (`prefill --collect kvzip`), or, auto and where there are
-    none, those of the document itself. `rho` is how strongly the fit is drawn to mass and values as they are, `clip`
-    the most log-mass that is added or taken.
+    The queries are those of a repetition of the document (repeat: `prefill --collect kvzip`), those of the document
+    itself, turned as if they stood behind it (context), or all there are (auto). `rho` is how strongly the fit is drawn
+    to mass and values as they are, `clip` the most log-mass that is added or taken.
     """
     index = mask_index(top_mask(scored.score, count) & kv.real)
     small, lens = gather(kv, index), kv.lens.tolist()
     bias = torch.zeros(small.pos.shape, device=index.device) if small.bias is None else small.bias
-    q, q_pos = _queries(stats, ask.N, queries)
+    q, q_pos = _queries(stats, ask, queries)
     held = (torch.arange(len(q_pos), device=q.device) % FOLD == 1).repeat(len(q) // len(lens))
     for h, (logit, sink) in enumerate(_logits(kv, lens, q, q_pos, stats.sink_logit, ask)):
         kept = index[h][index[h] >= 0]
@@ -53,13 +53,15 @@ def matching(
     return replace(small, bias=bias), index
 
 
-def _queries(stats: Stats, N: int, queries: Queries) -> tuple[Tensor, Tensor]:  # -> [Hq, R, D], [R]
+def _queries(stats: Stats, ask: Ask, queries: Queries) -> tuple[Tensor, Tensor]:  # -> [Hq, R, D] float32, [R]
+    found = [turned_queries(stats, ask)] if queries != "repeat" else []
     if queries != "context" and stats.q_repeat is not None and stats.q_repeat_pos is not None:
-        return stats.q_repeat, stats.q_repeat_pos
-    if queries == "repeat":
+        found.append((stats.q_repeat.float(), stats.q_repeat_pos))
+    if not found:
         what = "matching:queries=repeat needs q_repeat, which this snapshot does not have"
         raise InfeasibleError(what, fix="kvcli score SNAPSHOT --collect kvzip adds it; or leave queries=repeat out")
-    return spread_queries(stats, N)
+    q, q_pos = zip(*found, strict=True)
+    return torch.cat(q, 1), torch.cat(q_pos)
 
 
 def _logits(
@@ -68,7 +70,7 @@ def _logits(
     """The logits of all queries of each group, -inf for what they do not see, and those that no entry receives."""
     none = torch.full(q.shape[:1], -torch.inf, device=q.device)
     sinks = none if sink_logit is None else sink_logit.float()
-    groups = torch.unflatten(q.float(), 0, (len(lens), -1)), sinks.view(len(lens), -1)
+    groups = torch.unflatten(q, 0, (len(lens), -1)), sinks.view(len(lens), -1)
     for h, (rows, sink) in enumerate(zip(*groups, strict=True)):
         logit = capped(rows @ kv.k[h, : lens[h]].float().mT * ask.scale, ask.softcap)  # [G, R, T]
         logit = logit if kv.bias is None else logit + kv.bias[h, : lens[h]]
