@@ -337,7 +337,7 @@ def test_a_layer_against_dense_algebra(queries: Any, sinks: bool, softcap: float
     q, at = asked_of(stats, queries)
     if queries == "last":
         ask, queries = replace(ask, rope={}), "context"
-    small, pivot = matching(kv, stats, scored, count, ask, queries=queries, rho=rho, clip=40.0)
+    small, pivot = matching(kv, stats, scored, count, ask, queries=queries, rho=rho, clip=20.0)
     taken = 0
     for h, kept in enumerate(pivot):
         kept, real = kept[kept >= 0], kv.real[h]
@@ -421,7 +421,7 @@ def test_which_queries() -> None:
         matching(kv, plain, scored, count, ask, queries="repeat")
 
 
-@pytest.mark.parametrize("text", ["rho=0", "rho=-1", "rho=none", "clip=0", "queries=self"])
+@pytest.mark.parametrize("text", ["rho=0", "rho=-1", "rho=none", "clip=0", "clip=21", "queries=self"])
 def test_options_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError):
         Recipe.parse(f"h2o+matching:{text}")

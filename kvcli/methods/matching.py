@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import InfeasibleError
 from ..fitting import RHOS, Sight, match
 from ..kernels.banded import capped
-from ..options import Positive
+from ..options import Limit, Positive
 from ..probes import turned_queries
 from ..registry import Ask, Scored, Source, reduce
 from ..snapshot import LayerKV, Stats, gather, mask_index, top_mask
@@ -18,6 +18,7 @@ from ..snapshot import LayerKV, Stats, gather, mask_index, top_mask
 SOURCE = Source("arXiv:2602.16284", 2026, checked="worked examples")
 FOLD = 4  # every fourth query is held out
 
+Clip = Annotated[float, Limit(lambda x: 0 < x <= 20, "a number above 0, at most 20")]
 Queries = Literal["auto", "repeat", "context"]
 
 
@@ -31,7 +32,7 @@ def matching(
     *,
     queries: Queries = "auto",
     rho: Positive | Literal["auto"] = "auto",
-    clip: Positive = 3.0,
+    clip: Clip = 3.0,
 ) -> tuple[LayerKV, Tensor]:
     """Keep the highest scores of each head; fit their log-mass and values to queries, where that helps those held out.
 
