@@ -15,7 +15,7 @@ LEVELS = [
     {"codes", "header", "snapshot", "options"},
     {"budget", "device", "registry", "spool"},
     {"ledger", "profiles"},
-    {"probes", "receivers", "rotations", "shares", "window"},
+    {"fitting", "probes", "receivers", "rotations", "shares", "window"},
     {"methods", "recipe"},
     {"layers"},
     {"outline"},
