@@ -17,7 +17,7 @@ LEVELS = [
     {"ledger", "profiles"},
     {"fitting", "probes", "receivers", "rotations", "shares", "window"},
     {"methods", "recipe"},
-    {"layers"},
+    {"layers", "usual"},
     {"outline"},
     {"storage", "metrics"},
     {"diff", "plan", "process"},
