@@ -411,12 +411,8 @@ def test_which_queries() -> None:
     count = kv.lens // 2 + 1
     plain = replace(stats, q_repeat=None, q_repeat_pos=None)
     auto, repeat, context = (matching(kv, stats, scored, count, ask, queries=name)[0] for name in QUERIES)
-    assert not torch.equal(auto.v, repeat.v) and not torch.equal(auto.v, context.v)
+    assert torch.equal(auto.v, repeat.v) and not torch.equal(auto.v, context.v)
     assert torch.equal(matching(kv, plain, scored, count, ask)[0].v, context.v)
-    every = asked_of(stats, "context"), asked_of(stats, "repeat")
-    q, q_pos = (torch.cat(parts, axis) for parts, axis in zip(zip(*every, strict=True), (1, 0), strict=True))
-    together = replace(stats, q_repeat=q, q_repeat_pos=q_pos)
-    torch.testing.assert_close(matching(kv, together, scored, count, ask, queries="repeat")[0].v, auto.v)
     with pytest.raises(InfeasibleError, match="q_repeat"):
         matching(kv, plain, scored, count, ask, queries="repeat")
 

@@ -36,9 +36,9 @@ def matching(
 ) -> tuple[LayerKV, Tensor]:
     """Keep the highest scores of each head; fit their log-mass and values to queries, where that helps those held out.
 
-    The queries are those of a repetition of the document (repeat: `prefill --collect kvzip`), those of the document
-    itself, turned as if they stood behind it (context), or all there are (auto). `rho` is how strongly the fit is drawn
-    to mass and values as they are, `clip` the most log-mass that is added or taken.
+    The queries are those of a repetition of the document (repeat: `prefill --collect kvzip`) or, auto and where there
+    are none, those of the document itself, turned as if they stood behind it (context). `rho` is how strongly the fit
+    is drawn to mass and values as they are, `clip` the most log-mass that is added or taken.
     """
     index = mask_index(top_mask(scored.score, count) & kv.real)
     small, lens = gather(kv, index), kv.lens.tolist()
@@ -55,14 +55,12 @@ def matching(
 
 
 def _queries(stats: Stats, ask: Ask, queries: Queries) -> tuple[Tensor, Tensor]:  # -> [Hq, R, D] float32, [R]
-    found = [turned_queries(stats, ask)] if queries != "repeat" else []
     if queries != "context" and stats.q_repeat is not None and stats.q_repeat_pos is not None:
-        found.append((stats.q_repeat.float(), stats.q_repeat_pos))
-    if not found:
+        return stats.q_repeat.float(), stats.q_repeat_pos
+    if queries == "repeat":
         what = "matching:queries=repeat needs q_repeat, which this snapshot does not have"
         raise InfeasibleError(what, fix="kvcli score SNAPSHOT --collect kvzip adds it; or leave queries=repeat out")
-    q, q_pos = zip(*found, strict=True)
-    return torch.cat(q, 1), torch.cat(q_pos)
+    return turned_queries(stats, ask)
 
 
 def _logits(
