@@ -33,6 +33,7 @@ from .pipeline import carry_out, make_plans
 from .recipe import Recipe
 from .spool import open_output
 from .storage import Reader, write_snapshot
+from .usual import usual_recipe
 
 __all__ = ["ATTENTION", "Model", "Snapshot", "compress", "from_cache", "load", "open", "prefill"]
 
@@ -169,7 +170,7 @@ def prefill(
 
 def compress(
     snapshot: snapshot.Snapshot,
-    method: str,
+    method: str | None = None,
     budget: str | int | float | None = None,
     *,
     seed: int = 0,
@@ -179,10 +180,11 @@ def compress(
     """A smaller snapshot by a recipe such as "snapkv+adakv" and a budget such as "35%", 0.35, 512 or "64MiB".
 
     It is written to a temporary file without a name and read back from there: what you get is what `save` writes.
+    method: by default the best recipe for the statistics that the snapshot has.
     device: where the work is done, by default on the card if there is one. Raises UsageError, InfeasibleError.
     """
     need_snapshot(snapshot)
-    recipe = Recipe.parse(method)
+    recipe = Recipe.parse(method) if method else usual_recipe(snapshot)
     budgets = recipe.budgets([] if budget is None else [str(budget)])
     file = getattr(snapshot, "file", None)
     how: dict[str, Any] = {"seed": seed, "parent": file.digest if file else "", "keep_stats": keep_stats}

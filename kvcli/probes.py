@@ -5,9 +5,32 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .kernels.rope import rotate
 from .registry import Ask
 from .snapshot import LayerKV, Stats
 from .window import last_queries, over_heads, received
+
+
+def spread_queries(stats: Stats, N: int) -> tuple[Tensor, Tensor]:  # -> [Hq, R, D], [R]
+    """The queries of a document of N tokens that were saved, spread ones and then the last, and their positions."""
+    if stats.q_probe is None or stats.q_probe_pos is None:
+        raise ValueError("q_probe is missing: name it in needs=")
+    q, q_pos = last_queries(stats, N)
+    spread = stats.q_probe_pos < q_pos[0]  # the others would count twice
+    return torch.cat([stats.q_probe[:, spread], q], 1), torch.cat([stats.q_probe_pos[spread], q_pos])
+
+
+def turned_queries(stats: Stats, ask: Ask) -> tuple[Tensor, Tensor]:  # -> [Hq, R, D] float32, [R]
+    """The saved queries of the document, turned as if they stood behind it, one after the other, and saw all of it.
+
+    Where the model's rotation is not known, the last queries from where they are.
+    """
+    if ask.freq is None:
+        q, q_pos = last_queries(stats, ask.N)
+        return q.float(), q_pos
+    q, q_pos = spread_queries(stats, ask.N)
+    to = ask.N + torch.arange(len(q_pos), dtype=q_pos.dtype, device=q_pos.device)
+    return rotate(q, to - q_pos, ask.freq), to
 
 
 def probe_mass(kv: LayerKV, stats: Stats, ask: Ask) -> tuple[Tensor, Tensor]:  # -> [N], [N] float32
@@ -16,11 +39,7 @@ def probe_mass(kv: LayerKV, stats: Stats, ask: Ask) -> tuple[Tensor, Tensor]:  #
     Summed over the queries, mean over all query heads; each query looks back from its own place. Needs q_last, q_probe.
     The newest are seen by few queries, their own above all, and look large by query: `recent=` keeps them anyway.
     """
-    if stats.q_probe is None or stats.q_probe_pos is None:
-        raise ValueError("q_probe is missing: name it in needs=")
-    q, q_pos = last_queries(stats, ask.N)
-    spread = stats.q_probe_pos < q_pos[0]  # the others would count twice
-    q, q_pos = torch.cat([stats.q_probe[:, spread], q], 1), torch.cat([stats.q_probe_pos[spread], q_pos])
+    q, q_pos = spread_queries(stats, ask.N)
     each = received(kv, replace(stats, q_last=q, q_last_pos=q_pos), ask, len(q_pos))
     mass = over_heads(kv, each, ask.N)
     seen = (torch.arange(ask.N, device=q_pos.device) <= q_pos[:, None]).sum(0)

@@ -26,7 +26,7 @@ from kvcli.model.answer import Answer, Sampling, answer
 from kvcli.model.load import Model, load
 from kvcli.model.prefix import Prefix
 from kvcli.model.resume import expected
-from kvcli.model.text import document_ids, question_ids, stop_ids
+from kvcli.model.text import document_ids, plain_ids, question_ids, stop_ids
 from kvcli.stamp import stamp
 from kvcli.tasks import needle
 from kvcli.tasks.scores import hit
@@ -34,6 +34,7 @@ from kvcli.tasks.task import Case, Question, Setting
 
 ROOT = Path(__file__).parent.parent
 DTYPE = "bfloat16"
+AHEAD = 128  # tokens of what follows a text
 # The same method of both sides, ours first; what only one side has stands alone.
 PAIRS = (
     ("full", "full"),
@@ -63,6 +64,8 @@ def make_job(model: Model, cases: Iterable[Case], budgets: Sequence[float]) -> d
             {"ids": question_ids(model.tokenizer, one.prompt, one.prefix, tail), "n": one.n} for one in case.questions
         ]
         rows.append({"name": case.name, "ids": ids, "questions": asked})
+        if case.continuation:
+            rows[-1]["continuation"] = plain_ids(model.tokenizer, case.continuation)[:AHEAD]
     stops = stop_ids(model.net, model.tokenizer, tail)
     head = {"model": str(model.folder), "dtype": DTYPE, "stops": stops, "budgets": list(budgets)}
     return {**head, "presses": [press for _, press in PAIRS[1:] if press], "cases": rows}

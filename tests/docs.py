@@ -128,6 +128,39 @@ def peer_about(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def blind_table(path: Path = ROOT / "samples/blind.jsonl") -> str:
+    """What is found of questions nobody knew while compressing, as `make peer` measured it; best first."""
+    rows = _rows(path)
+    lines = [blind_about(rows), ""] if rows else []
+    titles = ("keep", "method", "by", "found", "KL of answers", "KL of what follows", "keys, values, bias", "compress")
+    lines += [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    for row in sorted(rows, key=lambda row: (-row["budget"], -row.get("hit", [-1])[0])):
+        cells = [f"{row['budget']:.0%}", f"`{row['method']}`", row["by"]]
+        cells += [row["error"], *[""] * 4] if "error" in row else blind_cells(row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def blind_cells(row: dict[str, Any]) -> list[str]:
+    low, high = (f"{end:.0%}" for end in row["hit"][1:])
+    kls = [f"{x:.3f} ({a:.3f} to {b:.3f})" for x, a, b in (row["kl"], row["continuation_kl"])]
+    held, full = f"{row['bytes'] / 1e6:.1f} MB ({row['keep']:.0%})", row["method"] == "full"
+    found = f"{row['hit'][0]:.1%} ({low} to {high})"
+    return [found, *(["", ""] if full else kls), held, "" if full else f"{row['compress_seconds']:.2f} s"]
+
+
+def blind_about(rows: list[dict[str, Any]]) -> str:
+    sides = [
+        f"{by} {next(row[by] for row in rows if row['by'] == by)}" for by in dict.fromkeys(row["by"] for row in rows)
+    ]
+    row = rows[0]
+    return (
+        f"{' and '.join(sides)}, {row['date']}, {row['processor']}, threads: {row['threads']}; {row['model']} in "
+        f"{row['dtype']}, {row['n']} questions about {row['texts']} texts of {row['tokens']:,} tokens; in brackets the "
+        f"interval of 95 %, and of bytes the share of the full cache's."
+    )
+
+
 def grid_table(folder: Path = ROOT / "samples") -> str:
     """Every method at every budget, as `kvcli bench` measured them, without and with the question known."""
     plain, known = (_rows(folder / name) for name in ("grid.jsonl", "grid-known.jsonl"))
@@ -227,6 +260,7 @@ PARTS = {
     **{kind: partial(eval_table, kind) for kind in EVALS},
     "grid": grid_table,
     "peer": peer_table,
+    "blind": blind_table,
     "kept": kept_table,
     "ratios": ratio_table,
     "kernels": kernels_table,

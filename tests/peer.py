@@ -2,8 +2,9 @@
 
 `python peer.py JOB.json` prints a line with versions, then one for each document, press and budget. The job holds token
 ids, so that both sides read exactly the same: {"model": folder, "dtype", "stops": [ids that end an answer], "budgets",
-"presses", "cases": [{"name", "ids", "questions": [{"ids", "n"}]}]}. With "kept" in the job a line says which positions
-a press, here [name, budget, options], keeps in each [layer][head], instead of what the model then answers.
+"presses", "cases": [{"name", "ids", "questions": [{"ids", "n"}], "continuation": ids that follow, if any}]}. With
+"kept" in the job a line says which positions a press, here [name, budget, options], keeps in each [layer][head],
+instead of what the model then answers.
 """
 
 import hashlib
@@ -132,6 +133,12 @@ def expect(net: Any, held: Held, at: int, question: dict[str, Any], said: Sequen
     return logits(net, deepcopy(held.cache), ids, at, len(said)).float().log_softmax(-1)
 
 
+def next_of(case: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """What follows the document, as a question of one token and the text that answers it."""
+    first, *rest = case["continuation"]
+    return {"ids": [first]}, rest
+
+
 def divergence(full: Tensor, other: Tensor) -> dict[str, float]:  # [M, V], [M, V] log-probabilities
     """Mean KL(full || other) in nats, and how often both would say the same next."""
     same = full.argmax(-1) == other.argmax(-1)
@@ -145,6 +152,7 @@ def measure(net: Any, job: dict[str, Any], case: dict[str, Any], seed: int = 0) 
     said = [speak(net, full, N, question, job["stops"])[0] for question in case["questions"]]
     asked = list(zip(case["questions"], said, strict=True))
     wanted = [expect(net, full, N, question, ids) for question, ids in asked]
+    ahead = expect(net, full, N, *next_of(case)) if "continuation" in case else None
     for press, keep in [("full", 1.0), *product(job["presses"], job["budgets"])]:
         row = {"case": case["name"], "method": press, "budget": keep}
         try:
@@ -155,11 +163,14 @@ def measure(net: Any, job: dict[str, Any], case: dict[str, Any], seed: int = 0) 
                 mine, spent = speak(net, held, N, question, job["stops"])
                 found = divergence(want, expect(net, held, N, question, ids))
                 answers.append({"ids": mine, "seconds": spent, **found})
+            beyond = (
+                {"continuation": divergence(ahead, expect(net, held, N, *next_of(case)))} if ahead is not None else {}
+            )
         except Exception as cause:  # whatever a library of others raises: the next press is measured all the same
             yield {**row, "error": f"{type(cause).__name__}: {cause}"}
             continue
         seconds = {"prefill_seconds": held.prefill_seconds, "compress_seconds": held.compress_seconds}
-        yield {**row, "bytes": held.bytes, **seconds, "answers": answers}
+        yield {**row, "bytes": held.bytes, **seconds, "answers": answers, **beyond}
 
 
 def under(net: Any, ids: Sequence[int], press: str, keep: float) -> Held:

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..budget import Budget
     from ..plan import Plan
     from ..recipe import Recipe
+    from ..storage import Reader
 
 
 @click.command(
@@ -30,10 +32,9 @@ if TYPE_CHECKING:
 @click.option(
     "-m",
     "--method",
-    required=True,
     metavar="RECIPE",
     shell_complete=complete_after("+"),
-    help="Methods joined by +, with options: snapkv:window=16+adakv.",
+    help="Methods joined by +, with options: snapkv:window=16+adakv [the best for what the snapshot holds].",
 )
 @click.option(
     "-b",
@@ -57,11 +58,12 @@ if TYPE_CHECKING:
 @device_option
 @output_options
 @uses_kernels
-def command(file: str | None, method: str, budget: tuple[str, ...], **options: Any) -> None:
+def command(file: str | None, method: str | None, budget: tuple[str, ...], **options: Any) -> None:
     """Keep the entries that matter, merge or drop the rest, and say what it cost.
 
     \b
     Examples:
+      kvcli compress report.kv.safetensors --budget 20%
       kvcli compress --method kvmerger --budget 0.35
       kvcli compress report.kv.safetensors -m snapkv+adakv -b 50% -b 35% -b 20%
       kvcli compress report.kv.safetensors -m keydiff -b 35% --device cpu -o small.kv.safetensors
@@ -71,16 +73,37 @@ def command(file: str | None, method: str, budget: tuple[str, ...], **options: A
         phase("loading torch")
         from ..device import find_device
         from ..recipe import Recipe
+        from ..storage import Reader
+        from ..usual import usual_recipe
 
-    recipe = Recipe.parse(method)
-    budgets = recipe.budgets(budget)
     device = find_device(options.pop("device"))
     origin = streams.source(file, ui, full=True)
-    targets = [] if options["dry_run"] else _targets(origin, recipe, budgets, options)
-    rows = _compress(ui, origin, recipe, budgets, targets, device=device, **options)
+    job = _job(origin, Recipe.parse(method), budget, options) if method else None  # refused before anything is read
+    with streams.waiting(origin, ui):
+        reader = Reader(origin)
+    with reader:
+        if job is None:
+            recipe = usual_recipe(reader.snapshot())
+            ui.say(f"method: {recipe}")
+            job = _job(origin, recipe, budget, options)
+        rows = _compress(ui, reader, job, device=device, **options)
     for row in rows:
         _show(ui, row, f"{row['budget']}: " if len(rows) > 1 else "")
-    ui.result("kvcli.compress/1", {"rows": rows}, to_stderr=any(not isinstance(target, Path) for target in targets))
+    ui.result("kvcli.compress/1", {"rows": rows}, to_stderr=any(not isinstance(target, Path) for target in job.targets))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, its budgets, and where the file of each goes; nowhere in a dry run."""
+
+    recipe: "Recipe"
+    budgets: "list[Budget | None]"
+    targets: list[streams.Source]
+
+
+def _job(origin: streams.Source, recipe: "Recipe", budget: tuple[str, ...], options: dict[str, Any]) -> Job:
+    budgets = recipe.budgets(budget)
+    return Job(recipe, budgets, [] if options["dry_run"] else _targets(origin, recipe, budgets, options))
 
 
 def _targets(
@@ -104,10 +127,8 @@ def _targets(
 
 def _compress(
     ui: Ui,
-    origin: streams.Source,
-    recipe: "Recipe",
-    budgets: "list[Budget | None]",
-    targets: list[streams.Source],
+    reader: "Reader",
+    job: Job,
     *,
     device: "torch.device",
     seed: int,
@@ -118,22 +139,17 @@ def _compress(
 ) -> list[dict[str, Any]]:
     from ..header import summary
     from ..pipeline import carry_out, make_plans
-    from ..storage import Reader
 
-    start = time.perf_counter()
-    with streams.waiting(origin, ui):
-        reader = Reader(origin)
-    with reader:
-        snapshot = reader.snapshot()
-        how: dict[str, Any] = {"seed": seed, "parent": reader.digest, "keep_stats": keep_stats, "device": device}
-        with ui.progress("scoring") as tick:
-            plans = make_plans(snapshot, recipe, budgets, **how, tick=tick)
-        rows = [_row(plan, budget) for plan, budget in zip(plans, budgets, strict=True)]
-        if not dry_run:
-            with ui.progress("writing") as tick:
-                reports = carry_out(snapshot, plans, targets, force=force, tick=tick)
-            for row, report, target in zip(rows, reports, targets, strict=True):
-                row |= {"file": streams.shown(target), "output_error": _errors(report.nanmean(0).tolist())}
+    start, snapshot = time.perf_counter(), reader.snapshot()
+    how: dict[str, Any] = {"seed": seed, "parent": reader.digest, "keep_stats": keep_stats, "device": device}
+    with ui.progress("scoring") as tick:
+        plans = make_plans(snapshot, job.recipe, job.budgets, **how, tick=tick)
+    rows = [_row(plan, budget) for plan, budget in zip(plans, job.budgets, strict=True)]
+    if not dry_run:
+        with ui.progress("writing") as tick:
+            reports = carry_out(snapshot, plans, job.targets, force=force, tick=tick)
+        for row, report, target in zip(rows, reports, job.targets, strict=True):
+            row |= {"file": streams.shown(target), "output_error": _errors(report.nanmean(0).tolist())}
     before = {"bytes_before": reader.header.size, "entries_before": summary(reader.header, reader.meta)["entries"]}
     return [{**row, "seconds": time.perf_counter() - start, "peak_memory": peak_memory(), **before} for row in rows]
 

@@ -23,6 +23,7 @@ METHODS = (
     "lagkv",
     "layer-defensivekv",
     "lookm",
+    "matching",
     "pyramidkv",
     "random",
     "raw",
