@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InfeasibleError, KvError
 from ..kernels.banded import banded_attention
+from ..kernels.dense import dense_attention, join
 from ..kernels.mass import attention_mass
 from ..kernels.peak import attention_peak
 from ..snapshot import Rows, Snapshot, finite
@@ -80,10 +81,8 @@ class Repeating(Layer):
         self.size = torch.linalg.vector_norm(hidden.float(), dim=-1)
 
     def attend(self, q: Tensor, law: Law, module: nn.Module) -> Tensor:
-        out, lse = self.attend_lse(q, law)
+        out, lse = self._apart(q, law) if self.plain(law) else (self.attend_lse(q, law)[0], self._over_some(q, law))
         self.weight, self.q_heads = output_weight(module), q.shape[0]
-        if self.sinks + self.part.end - self.part.begin < self.start or self.slid:
-            lse = self._over_some(q, law)
         keys = self.k[:, self.part.begin : self.part.end]
         logs = [lse]
         if self.size is not None:  # beside a hidden state that is 0 all would be infinite: its query does not count
@@ -98,17 +97,22 @@ class Repeating(Layer):
         self.queries.append(q[:, at[mine].to(q.device)])
         return out
 
+    def _apart(self, q: Tensor, law: Law) -> tuple[Tensor, Tensor]:  # -> [Hq, M, Dv], [Hq, M] float32
+        """Attention over everything, and the log-sum-exp over the sinks, the part and the repetition alone."""
+        near, far = self._some, ((self.sinks, self.part.begin), (self.part.end, self.start))
+        some = self.attend_lse(q, law, dense_attention(q, *near, None, law.scale))
+        others = [(self.k[:, a:b], self.v[:, a:b]) for a, b in far if a < b]
+        return join([some, *(dense_attention(q, *part, None, law.scale) for part in others)])[0], some[1]
+
     @property
-    def slid(self) -> bool:
-        """Whether the newest query no longer sees all."""
-        return self.window is not None and self.get_seq_length() > self.window
+    def _some(self) -> list[Tensor]:  # [H, sinks + part, D], [H, sinks + part, Dv]
+        here = slice(self.part.begin, self.part.end)
+        return [torch.cat([x[:, : self.sinks], x[:, here]], 1) if self.sinks else x[:, here] for x in (self.k, self.v)]
 
     def _over_some(self, q: Tensor, law: Law) -> Tensor:  # -> [Hq, M] float32
         """The log-sum-exp over the sinks, the part, and the repetition up to each query."""
-        begin, end = self.part.begin, self.part.end
-        keys = torch.cat([self.k[:, : self.sinks], self.k[:, begin:end], self.keys[:, : self.held]], 1)
-        new = torch.arange(self.start, self.get_seq_length())
-        pos = torch.cat([torch.arange(self.sinks), torch.arange(begin, end), new])
+        keys, new = torch.cat([self._some[0], self.keys[:, : self.held]], 1), torch.arange(self.length) + self.start
+        pos = torch.cat([torch.arange(self.sinks), torch.arange(self.part.begin, self.part.end), new])
         lse: Tensor = banded_attention(q, new[-q.shape[1] :], keys, keys, pos, law.scale, None, None, law.softcap)[1]
         return lse if law.sink_logit is None else lse.logaddexp(law.sink_logit.float()[:, None])
 
