@@ -132,11 +132,11 @@ def blind_table(path: Path = ROOT / "samples/blind.jsonl") -> str:
     """What is found of questions nobody knew while compressing, as `make peer` measured it; best first."""
     rows = _rows(path)
     lines = [blind_about(rows), ""] if rows else []
-    titles = ("keep", "method", "by", "found", "KL of answers", "KL of what follows", "keys, values, bias", "compress")
+    titles = ("keep", "method", "by", "found", "KL of answers", "KL of what follows", "keys, values, bias")
     lines += [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for row in sorted(rows, key=lambda row: (-row["budget"], -row.get("hit", [-1])[0])):
         cells = [f"{row['budget']:.0%}", f"`{row['method']}`", row["by"]]
-        cells += [row["error"], *[""] * 4] if "error" in row else blind_cells(row)
+        cells += [row["error"], *[""] * 3] if "error" in row else blind_cells(row)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -146,7 +146,7 @@ def blind_cells(row: dict[str, Any]) -> list[str]:
     kls = [f"{x:.3f} ({a:.3f} to {b:.3f})" for x, a, b in (row["kl"], row["continuation_kl"])]
     held, full = f"{row['bytes'] / 1e6:.1f} MB ({row['keep']:.0%})", row["method"] == "full"
     found = f"{row['hit'][0]:.1%} ({low} to {high})"
-    return [found, *(["", ""] if full else kls), held, "" if full else f"{row['compress_seconds']:.2f} s"]
+    return [found, *(["", ""] if full else kls), held]
 
 
 def blind_about(rows: list[dict[str, Any]]) -> str:
