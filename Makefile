@@ -18,12 +18,14 @@ $(DONE): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/kvcli prefill samples/harbour.txt -f -o demo.kv.safetensors
-	$(BIN)/kvcli compress demo.kv.safetensors --method kvmerger --budget 0.35 -f -o demo-35.kv.safetensors
-	$(BIN)/kvcli inspect demo-35.kv.safetensors
+	$(BIN)/kvcli prefill samples/harbour.txt --collect kvzip -f -o demo.kv.safetensors
+	$(BIN)/kvcli compress demo.kv.safetensors --method kvmerger --budget 0.35 -f -o demo-kvmerger-35.kv.safetensors
+	$(BIN)/kvcli compress demo.kv.safetensors --budget 0.2 -f -o demo-20.kv.safetensors
+	$(BIN)/kvcli inspect demo-20.kv.safetensors
 	$(BIN)/kvcli resume demo.kv.safetensors --questions samples/questions.jsonl -n 16
-	$(BIN)/kvcli resume demo-35.kv.safetensors --prompt "What changed in Q3?"
-	$(BIN)/kvcli resume demo-35.kv.safetensors --questions samples/questions.jsonl -n 16 --against demo.kv.safetensors
+	$(BIN)/kvcli resume demo-20.kv.safetensors --prompt "What changed in Q3?"
+	$(BIN)/kvcli resume demo-kvmerger-35.kv.safetensors --questions samples/questions.jsonl -n 16 --against demo.kv.safetensors
+	$(BIN)/kvcli resume demo-20.kv.safetensors --questions samples/questions.jsonl -n 16 --against demo.kv.safetensors
 
 test: setup
 	$(BIN)/python -m pytest
@@ -53,3 +55,4 @@ grid: setup
 peer: setup
 	$(BIN)/python tests/kept.py $(PEER)
 	$(BIN)/python tests/beside.py $(PEER)
+	$(BIN)/python tests/blind.py $(PEER)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date
-from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -42,7 +41,13 @@ SEEDS, COPIES, FACTS = (1, 2, 3), 12, 6
 PROSE, ANSWER = 840, 10  # tokens
 BUDGETS = (0.35, 0.1, 0.05)
 PRESSES = {BUDGETS: ["kvzip"], BUDGETS[1:]: ["keydiff", "adakv+expected", "compactor"]}
-RECIPES = ("kvzip:sink=4,recent=0", "kvzip:sink=4,recent=0+matching")
+BEST = "kvzip:sink=1,recent=1+matching"
+RECIPES = {
+    BEST: (0.35, 0.2, 0.1, 0.05),
+    f"{BEST}+kivi:bits=4": (0.2,),
+    "kvzip:sink=4,recent=0": BUDGETS,
+    "layer-defensivekv": BUDGETS,
+}
 
 
 def make_cases(model: Model, copies: int = COPIES) -> list[Case]:
@@ -150,7 +155,8 @@ def main() -> None:
         if left := [press for press in presses if any(("kvpress", press, each) not in done for each in budgets)]:
             config, rows = theirs(given.peer, {**job, "presses": left, "budgets": budgets})
             add("kvpress", rows, **config)
-    cells = [cell for cell in product(RECIPES, BUDGETS) if ("kvcli", *cell) not in done]
+    every = [(recipe, budget) for recipe, budgets in RECIPES.items() for budget in budgets]
+    cells = [cell for cell in every if ("kvcli", *cell) not in done]
     if cells:
         add("kvcli", [*ours(model, job, cells)])
 

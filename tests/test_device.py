@@ -170,6 +170,7 @@ def sent(value: Any) -> Any:
     "recipe",
     [
         "snapkv+adakv",
+        "kvzip+matching",
         "kvmerger:max_run=4",
         "kvmerger:keys=rerotate+global",
         "h2o",
