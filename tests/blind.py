@@ -18,9 +18,10 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from beside import DTYPE, make_job, nbytes, theirs
+from beside import DTYPE, make_job, theirs
 
 import kvcli
+import kvcli.api
 from kvcli.model.batch import answers
 from kvcli.model.load import Model, load
 from kvcli.model.prefix import Prefix
@@ -84,7 +85,7 @@ def ours(model: Model, job: dict[str, Any], cells: Sequence[tuple[str, float]]) 
             said = answers(model, prefix, ids, n)
             found = [divergence(model, prefix, reference, a, b) for a, b in zip(ids, wanted, strict=True)]
             pairs = [{"ids": its, **apart} for its, apart in zip(said, found, strict=True)]
-            row = {"case": case["name"], "method": recipe, "budget": keep, "bytes": nbytes(prefix), **seconds}
+            row = {"case": case["name"], "method": recipe, "budget": keep, "bytes": kv_bytes(small), **seconds}
             ahead = divergence(model, prefix, reference, case["continuation"][:1], case["continuation"][1:])
             yield {**row, "answers": pairs, "continuation": ahead}
 

@@ -132,7 +132,7 @@ def blind_table(path: Path = ROOT / "samples/blind.jsonl") -> str:
     """What is found of questions nobody knew while compressing, as `make peer` measured it; best first."""
     rows = _rows(path)
     lines = [blind_about(rows), ""] if rows else []
-    titles = ("keep", "method", "by", "found", "KL of answers", "KL of what follows", "keys, values, bias")
+    titles = ("keep", "method", "by", "found", "KL of answers", "KL of what follows", "keys and values")
     lines += [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for row in sorted(rows, key=lambda row: (-row["budget"], -row.get("hit", [-1])[0])):
         cells = [f"{row['budget']:.0%}", f"`{row['method']}`", row["by"]]
