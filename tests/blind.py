@@ -22,6 +22,7 @@ from beside import DTYPE, make_job, theirs
 
 import kvcli
 import kvcli.api
+from kvcli.header import summary as summary_of
 from kvcli.model.batch import answers
 from kvcli.model.load import Model, load
 from kvcli.model.prefix import Prefix
@@ -88,6 +89,13 @@ def ours(model: Model, job: dict[str, Any], cells: Sequence[tuple[str, float]]) 
             row = {"case": case["name"], "method": recipe, "budget": keep, "bytes": kv_bytes(small), **seconds}
             ahead = divergence(model, prefix, reference, case["continuation"][:1], case["continuation"][1:])
             yield {**row, "answers": pairs, "continuation": ahead}
+
+
+def kv_bytes(snapshot: kvcli.api.Snapshot) -> int:
+    """Of keys and values, as they are stored."""
+    if snapshot.file is None:
+        return sum(rows.k.nbytes + rows.v.nbytes for rows in snapshot.rows)
+    return int(summary_of(snapshot.file.header, snapshot.meta)["kv_bytes"])
 
 
 def divergence(model: Model, prefix: Prefix, full: Prefix, ids: Sequence[int], said: Sequence[int]) -> dict[str, float]:
