@@ -1,7 +1,7 @@
 """make bench: tables of `kvcli eval` and ratios of speed, as rows of samples/bench.jsonl and as text.
 
 `make bench WHAT=kvmerger` measures one kind alone: quality, instrument, kinds (of facts), known (the question),
-kvmerger (its variants beside H2O and SnapKV) or ratio.
+kvmerger (its variants beside H2O and SnapKV), ratio, or repeating (the document, before the question is known).
 """
 
 import json
@@ -41,12 +41,14 @@ def measured(kind: str) -> list[dict[str, Any]]:
     if kind in EVALS:
         return evaluated(kind)
     from ratios import ratios
+    from repeating import repeating
 
     from kvcli.model.load import load
     from kvcli.stamp import stamp
 
     model = load(None, dtype="bfloat16")
-    return [{**row, **stamp(model.device)} for row in ratios(model)]
+    rows = ratios(model) if kind == "ratio" else repeating(model)
+    return [{**row, "kind": kind, **stamp(model.device)} for row in rows]
 
 
 def show(kind: str, rows: list[dict[str, Any]]) -> None:
@@ -59,7 +61,7 @@ def show(kind: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     old = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    kinds = [*EVALS, "ratio"]
+    kinds = [*EVALS, "ratio", "repeating"]
     rows = {kind: [row for row in old if row["kind"] == kind] for kind in kinds}
     for kind in sys.argv[1:] or kinds:
         rows[kind] = [{**row, "commit": commit()} for row in measured(kind)]

@@ -218,7 +218,8 @@ def _options(options: dict[str, float]) -> str:
 
 def ratio_table() -> str:
     rows = ["| what | ratio | aim |", "| --- | --- | --- |"]
-    rows += [f"| {row['what']} | {row['ratio']:.2f} | {row['aim']} |" for row in bench_rows("ratio")]
+    found = [*bench_rows("ratio"), *bench_rows("repeating")]
+    rows += [f"| {row['what']} | {row['ratio']:.2f} | {row['aim']} |" for row in found]
     return "\n".join(rows)
 
 
