@@ -21,7 +21,7 @@ from .model.adopt import adopt
 from .model.attend import NAME as ATTENTION
 from .model.cache import make_cache, named
 from .model.chat import is_chat
-from .model.collect import NOT_KNOWN, absent
+from .model.collect import NOT_KNOWN, absent, known
 from .model.extend import aim, extend
 from .model.given import Document, Segments, encode, listed, need_model, need_snapshot
 from .model.load import Model, wrap
@@ -162,7 +162,7 @@ def prefill(
         found = read_document(model, ids, doc.seq, **how)
     if probe is not None:
         found = _aimed(found, model, probe, warn)
-    _tell(found, names, onto is not None, warn)
+    _tell(found, names, onto, warn)
     if found.meta.seq.next_pos > texts.readable(model.config):
         warn("little room is left in the model's context for a question and its answer")
     return _in_memory(found)
@@ -184,7 +184,7 @@ def compress(
     device: where the work is done, by default on the card if there is one. Raises UsageError, InfeasibleError.
     """
     need_snapshot(snapshot)
-    recipe = Recipe.parse(method) if method else usual_recipe(snapshot)
+    recipe = usual_recipe(snapshot) if method is None else Recipe.parse(method)
     budgets = recipe.budgets([] if budget is None else [str(budget)])
     file = getattr(snapshot, "file", None)
     how: dict[str, Any] = {"seed": seed, "parent": file.digest if file else "", "keep_stats": keep_stats}
@@ -220,8 +220,11 @@ def _cut(doc: texts.Encoded, document: Document, model: Model, room: int, warn: 
     return kept
 
 
-def _tell(found: snapshot.Snapshot, names: Sequence[str], onto: bool, warn: Warn) -> None:
+def _tell(found: snapshot.Snapshot, names: Sequence[str], onto: snapshot.Snapshot | None, warn: Warn) -> None:
     """Warn of statistics that are absent though they should be there."""
+    there = (*names, *known(found.stats))
+    if onto and not onto.meta.history and (lost := ",".join(name for name in known(onto.stats) if name not in there)):
+        warn(f"left out: {lost}, which is of the whole text; kvcli score SNAPSHOT --collect {lost} records it again")
     if any(found.stats[i].value_norm is None for i in found.meta.held) and not onto:
         warn("the output projection was not found, so the statistic value_norm is absent")
     if missing := ", ".join(absent(found.stats, found.meta.held, names)):

@@ -96,8 +96,8 @@ def make_ask(
     pairs = zip((recipe.sink, recipe.recent), protection(B, lead), strict=True)
     sink, recent = (usual if given is None else given for given, usual in pairs)
     if sink + recent > B and B < N:
-        what = f"sink={sink} and recent={recent} do not fit a budget of {B} entries a head"
-        raise InfeasibleError(what, fix="raise the budget or protect less")
+        what = f"sink={sink} and recent={recent} do not fit a budget of {B} {'entry' if B == 1 else 'entries'} a head"
+        raise InfeasibleError(what, fix=f"keep at least {sink + recent} entries a head, or protect less")
     profiles = {name: load_profile(name, meta.model["weights"]) for name in recipe.profiles}
     rest: dict[str, Any] = {"softcap": layout.softcap, "rope": meta.rope, "profiles": profiles, "held": meta.held}
     segments = snapshot.extra.get("stat.segments")

@@ -12,10 +12,10 @@ from .window import last_queries, over_heads, received
 
 
 def spread_queries(stats: Stats, N: int) -> tuple[Tensor, Tensor]:  # -> [Hq, R, D], [R]
-    """The queries of a document of N tokens that were saved, spread ones and then the last, and their positions."""
-    if stats.q_probe is None or stats.q_probe_pos is None:
-        raise ValueError("q_probe is missing: name it in needs=")
+    """The queries of a document of N tokens that were saved, spread ones, if any, then the last; their positions."""
     q, q_pos = last_queries(stats, N)
+    if stats.q_probe is None or stats.q_probe_pos is None:
+        return q, q_pos
     spread = stats.q_probe_pos < q_pos[0]  # the others would count twice
     return torch.cat([stats.q_probe[:, spread], q], 1), torch.cat([stats.q_probe_pos[spread], q_pos])
 

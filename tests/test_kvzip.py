@@ -147,7 +147,11 @@ def test_appended(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (desk / "ab").read_bytes() == (desk / "again").read_bytes()
     assert run("prefill b.txt --onto small --collect kvzip -o sb".split()) == 0
     assert "not recorded: kvzip, kvzip_rms, kvzip_plus, q_repeat, q_repeat_pos" in capsys.readouterr().err
+    assert "left out" not in capsys.readouterr().err
     assert run("prefill b.txt --onto a -o plain".split()) == 0 and opened(desk / "plain").stats[0].kvzip is None
+    assert "left out: kvzip" in (told := capsys.readouterr().err) and "score SNAPSHOT --collect kvzip" in told
+    assert run("score plain --collect kvzip -o plain2".split()) == 0
+    assert (desk / "plain2").read_bytes() == (desk / "ab").read_bytes()
 
 
 def test_no_room_is_told_before_anything_is_read(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +159,8 @@ def test_no_room_is_told_before_anything_is_read(desk: Path, capsys: pytest.Capt
     assert run("prefill long.txt --collect kvzip -o a".split()) == 6
     seen = capsys.readouterr().err
     assert "no room to repeat" in seen and "have, the model reads 512" in seen and "shorten the document" in seen
+    assert run("eval long.txt -m kvzip -b 20% -t ppl".split()) == 6  # which has no --collect to leave out
+    assert "the methods that need it" in capsys.readouterr().err
     assert run("prefill long.txt -o a".split()) == 0 and run("score a --collect norms,kvzip -o b".split()) == 6
     assert "no room to repeat" in capsys.readouterr().err and not (desk / "b").exists()
 

@@ -413,6 +413,8 @@ def test_which_queries() -> None:
     auto, repeat, context = (matching(kv, stats, scored, count, ask, queries=name)[0] for name in QUERIES)
     assert torch.equal(auto.v, repeat.v) and not torch.equal(auto.v, context.v)
     assert torch.equal(matching(kv, plain, scored, count, ask)[0].v, context.v)
+    last = replace(plain, q_probe=None, q_probe_pos=None)
+    assert not torch.equal(matching(kv, last, scored, count, ask)[0].v, context.v)
     with pytest.raises(InfeasibleError, match="q_repeat"):
         matching(kv, plain, scored, count, ask, queries="repeat")
 

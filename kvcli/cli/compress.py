@@ -72,17 +72,16 @@ def command(file: str | None, method: str | None, budget: tuple[str, ...], **opt
     with ui.phases() as phase:
         phase("loading torch")
         from ..device import find_device
-        from ..recipe import Recipe
         from ..storage import Reader
         from ..usual import usual_recipe
 
     device = find_device(options.pop("device"))
     origin = streams.source(file, ui, full=True)
-    job = _job(origin, Recipe.parse(method), budget, options) if method else None  # refused before anything is read
+    job = _early(origin, method, budget, options)
     with streams.waiting(origin, ui):
         reader = Reader(origin)
     with reader:
-        if job is None:
+        if method is None:
             recipe = usual_recipe(reader.snapshot())
             ui.say(f"method: {recipe}")
             job = _job(origin, recipe, budget, options)
@@ -99,6 +98,19 @@ class Job:
     recipe: "Recipe"
     budgets: "list[Budget | None]"
     targets: list[streams.Source]
+
+
+def _early(origin: streams.Source, method: str | None, budget: tuple[str, ...], options: dict[str, Any]) -> Job:
+    """The job before anything is read, so that what cannot be is refused; without a method its recipe is any."""
+    from ..recipe import Recipe
+    from ..usual import RECIPES
+
+    if method is not None:
+        return _job(origin, Recipe.parse(method), budget, options)
+    if not budget:
+        raise UsageError("compress needs a --budget", fix="35%, 0.35, 512 (entries a head) or 64MiB")
+    named = options["output"]  # else the name derives from the recipe
+    return _job(origin, Recipe.parse(RECIPES[-1]), budget, options if named else {**options, "force": True})
 
 
 def _job(origin: streams.Source, recipe: "Recipe", budget: tuple[str, ...], options: dict[str, Any]) -> Job:

@@ -22,7 +22,7 @@ Clip = Annotated[float, Limit(lambda x: 0 < x <= 20, "a number above 0, at most 
 Queries = Literal["auto", "repeat", "context"]
 
 
-@reduce(needs=("q_last", "q_probe"), source=SOURCE, adds=lambda **_: ("bias",))
+@reduce(needs=("q_last",), source=SOURCE, adds=lambda **_: ("bias",))
 def matching(
     kv: LayerKV,
     stats: Stats,

@@ -183,7 +183,9 @@ def room_to_repeat(model: Model, tokens: int, lead: int, tail: str) -> int:
     if room < min(LEAST, tokens - lead):
         most = max(limit - asks - LEAST, (limit - asks + lead) // 2, 0)
         what = f"no room to repeat {tokens:,} tokens behind themselves, which at most {most:,} have"
-        raise too_long(model.config, what, "shorten the document, or leave --collect kvzip out")
+        raise too_long(
+            model.config, what, "shorten the document, or do without --collect kvzip and the methods that need it"
+        )
     return room
 
 
