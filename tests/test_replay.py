@@ -107,6 +107,15 @@ def test_a_query_sees_the_sinks_its_part_and_the_repetition(name: str, parts: in
     against_a_softmax(build(name, tmp_path / "m"), document(name), parts, [17, 1024])
 
 
+def test_where_every_layer_slides_nothing_is_repeated(tmp_path: Path) -> None:
+    model = load(str(build("mistral sliding", tmp_path / "m")), dtype="float32")
+    told: list[int] = []
+    snapshot = prefill(
+        model, document(""), (LEAD, "\n", True), collect=["kvzip"], tick=lambda done, _: told.append(done)
+    )
+    assert told == [len(document(""))] and not any(part.present() for part in snapshot.stats)
+
+
 def test_nothing_of_a_repetition_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that is wider than the document, and narrower than its repetition by more than a chunk."""
     monkeypatch.setitem(MODELS, "mistral", {"sliding_window": 114, "max_position_embeddings": 512})

@@ -145,6 +145,8 @@ def replay(
 
     Memory is the cache of one part. Raises InfeasibleError where the model's context has no room for a part.
     """
+    if not snapshot.meta.held:  # every layer slides: nothing would be noted
+        return snapshot
     N, lead = snapshot.meta.seq.tokens, snapshot.meta.seq.lead
     parts = _parts(model, snapshot, size)
     room = max(len(part.ids) for part in parts)
