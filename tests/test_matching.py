@@ -406,6 +406,9 @@ def test_values_stay_near_those_they_were() -> None:
         assert float(small.v.abs().max()) < 3 * float(kv.v.abs().max())
 
 
+NO_PROBES = ((None, None), (torch.zeros(6, 0, 16), torch.zeros(0, dtype=torch.int32)))
+
+
 def test_which_queries() -> None:
     kv, stats, scored, ask = layer()
     count = kv.lens // 2 + 1
@@ -413,8 +416,9 @@ def test_which_queries() -> None:
     auto, repeat, context = (matching(kv, stats, scored, count, ask, queries=name)[0] for name in QUERIES)
     assert torch.equal(auto.v, repeat.v) and not torch.equal(auto.v, context.v)
     assert torch.equal(matching(kv, plain, scored, count, ask)[0].v, context.v)
-    last = replace(plain, q_probe=None, q_probe_pos=None)
-    assert not torch.equal(matching(kv, last, scored, count, ask)[0].v, context.v)
+    last, empty = (replace(plain, q_probe=q, q_probe_pos=pos) for q, pos in NO_PROBES)
+    one, other = (matching(kv, each, scored, count, ask)[0].v for each in (last, empty))
+    assert torch.equal(one, other) and not torch.equal(one, context.v)
     with pytest.raises(InfeasibleError, match="q_repeat"):
         matching(kv, plain, scored, count, ask, queries="repeat")
 
