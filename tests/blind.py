@@ -43,10 +43,12 @@ SEEDS, COPIES, FACTS = (1, 2, 3), 12, 6
 PROSE, ANSWER = 840, 10  # tokens
 BUDGETS = (0.35, 0.1, 0.05)
 PRESSES = {BUDGETS: ["kvzip"], BUDGETS[1:]: ["keydiff", "adakv+expected", "compactor"]}
-BEST = "kvzip:sink=1,recent=1+matching"
+BEST = "kvzip:sink=4,recent=1+matching"
 RECIPES = {
     BEST: (0.35, 0.2, 0.1, 0.05),
     f"{BEST}+kivi:bits=4": (0.2,),
+    "kvzip:sink=4,recent=0+matching": BUDGETS,
+    "kvzip:sink=1,recent=1+matching": BUDGETS,
     "kvzip:sink=4,recent=0": BUDGETS,
     "layer-defensivekv": BUDGETS,
 }
