@@ -5,7 +5,7 @@ from .snapshot import Snapshot
 
 # Best first, by what they find of facts nobody had asked for yet: the README says how many. All take a budget. The last
 # is for models whose output projection is not found, and caches that transformers has filled.
-RECIPES = ("kvzip:sink=4,recent=1+matching", "layer-defensivekv", "snapkv+adakv")
+RECIPES = ("kvzip:recent=1+matching", "layer-defensivekv", "snapkv+adakv")
 
 
 def usual_recipe(snapshot: Snapshot) -> Recipe:

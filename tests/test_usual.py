@@ -80,6 +80,7 @@ def test_what_cannot_be_is_refused_before_a_pipe_is_read(line: str, code: int, t
 def test_what_is_protected_says_how_much_fits(tmp_path: Path) -> None:
     full = make_snapshot(tokens=40)
     with pytest.raises(kvcli.errors.InfeasibleError, match="budget of 1 entry a head") as caught:
-        kvcli.compress(full, budget="3%")
+        kvcli.compress(full, "kvzip:sink=1,recent=1", "3%")
     assert "2 entries a head" in caught.value.fix
-    assert sum(int(rows.lens.sum()) for rows in kvcli.compress(full, budget=2).rows) == 8
+    for budget, entries in (("3%", 4), (2, 8), (5, 20)):
+        assert sum(int(rows.lens.sum()) for rows in kvcli.compress(full, budget=budget).rows) == entries
