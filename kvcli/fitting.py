@@ -26,11 +26,14 @@ class Sight:
     def of(cls, logit: Tensor, v: Tensor, kept: Tensor, sink: Tensor) -> "Sight":  # [n, T], [T, Dv], [t], [n]
         """From the logits of all entries, -inf for what is not seen, and one that no entry receives."""
         lse = torch.logaddexp(logit.logsumexp(1), sink)
-        out = (logit - lse[:, None]).exp() @ v.to(logit.dtype)
-        return cls(logit[:, kept].double() - lse[:, None].double(), (sink - lse).double(), out.double())
+        out = (logit - lse[:, None]).exp_() @ v.to(logit.dtype)
+        log = logit[:, kept].double().sub_(lse[:, None].double())
+        return cls(log, (sink - lse).double(), out.double())
 
     def at(self, rows: Tensor) -> "Sight":  # [n] bool
         """What some of the queries see."""
+        if bool(rows.all()):
+            return self
         return Sight(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def weights(self, beta: Tensor) -> Tensor:  # [t] -> [n, t]
@@ -51,7 +54,9 @@ class Sight:
         return float(off.norm(dim=1).mean().nan_to_num(math.inf))
 
     def _beside(self, beta: Tensor, other: Tensor) -> Tensor:  # [t], [n] -> [n, t + 1]
-        return torch.cat([self.log + beta, other[:, None]], 1)
+        beside = torch.cat([self.log, other[:, None]], 1)
+        beside[:, :-1] += beta
+        return beside
 
 
 def match(
@@ -70,6 +75,7 @@ def match(
     betas = [none, *masses(fit, rhos, clip)]
     m = _least([test.off(beta) for beta in betas])
     u = _least([test.error(betas[m], new) for new in (v, *values(fit, betas[m], v, rhos))])
+    del fit  # of the queries and entries of a head there are few copies at a time
     beta = next(masses(sight, rhos[m - 1 : m], clip)) if m else none
     new = next(values(sight, beta, v, rhos[u - 1 : u])) if u else v
     return (beta, new) if test.error(beta, new) < test.error(none, v) else (none, v)
