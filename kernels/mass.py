@@ -92,12 +92,13 @@ def attention_mass_fused(
     (Hq, M, D), (H, T, _) = q.shape, k.shape
     mass = torch.empty(H, T, device=k.device)
     sizes = (scale, softcap, Hq // H, M, T, *q.stride(), *k.stride())
-    blocks = _blocks(D, q.element_size())
+    blocks = key_blocks(D, q.element_size())
     _key_mass[triton.cdiv(T, blocks["BT"]), H](q, k, lse.contiguous(), mass, *sizes, CAUSAL=causal, **blocks)
     return mass
 
 
-def _blocks(D: int, itemsize: int) -> dict[str, int]:
+def key_blocks(D: int, itemsize: int) -> dict[str, int]:
+    """Sizes for kernels whose programs own BT keys and walk BR queries at a time."""
     # float32 products run in registers, not tensor cores, where larger tiles would spill
     BD = pad(D)
     BR, BT = (16, 32) if itemsize == 4 else (64, 128 if BD <= 128 else 64)

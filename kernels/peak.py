@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .banded import capped
-from .flash import pad
 from .launch import Kernel, tl, triton
+from .mass import key_blocks
 from .op import Op, random, strained
 
 BLOCK = 64  # queries at once in the reference
@@ -88,19 +88,11 @@ def attention_peak_fused(
     (Hq, M, D), (H, T, _) = q.shape, k.shape
     peak, lse = torch.empty(len(lse), Hq, T, device=k.device), lse.contiguous()
     sizes = (scale, softcap, Hq // H, M, T, *q.stride(), *k.stride())
-    blocks = _blocks(D, q.element_size())
+    blocks = key_blocks(D, q.element_size())
     for p in range(0, len(lse), 2):
         weights, peaks = ((*part[p : p + 2], None)[:2] for part in (lse, peak))
         _key_peak[triton.cdiv(T, blocks["BT"]), Hq](q, k, *weights, *peaks, *sizes, **blocks)
     return peak
-
-
-def _blocks(D: int, itemsize: int) -> dict[str, int]:
-    # float32 products run in registers, not tensor cores, where larger tiles would spill
-    BD = pad(D)
-    BR, BT = (16, 32) if itemsize == 4 else (64, 128 if BD <= 128 else 64)
-    options = {"num_warps": max(4, BT // 16), "num_stages": 3 if BD <= 128 else 2, "enable_fp_fusion": True}
-    return {"D": D, "BD": BD, "BR": BR, "BT": BT, **options}
 
 
 def attention_peak_cpu(

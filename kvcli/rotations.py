@@ -1,4 +1,4 @@
-"""What vectors are like once they stand at one of many positions: means and covariances under averaged rotations."""
+"""How a model's rotation turns: whether it is known, and means and covariances of vectors under averaged rotations."""
 
 import math
 from collections.abc import Iterator
@@ -8,12 +8,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .errors import InfeasibleError
+from .registry import Ask
+
 # Positions of a mixture, at most. Spread evenly they rank keys as all 512 do (Spearman .997), spread geometrically not
 # (.96).
 GRID = 32
 
 Average = Literal["matched", "reference", "mixture"]
 Moments = tuple[Tensor, Tensor]  # mean [..., D], covariance [..., D, D]
+
+
+def need_freq(ask: Ask, who: str, instead: str) -> None:
+    """Raise InfeasibleError where the snapshot does not say how fast keys turn; `instead` is what does without."""
+    if ask.freq is None:
+        raise InfeasibleError(
+            f"{who} needs the frequencies of the model's rotation ({ask.rope.get('rope_type', 'none')!s:.40})",
+            "this snapshot does not hold them: an older kvcli made it, or they depend on the length or the layer",
+            f"prefill again, or use {instead}",
+        )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ def by_layer(want: Tensor, scored: Sequence[Scored], n: int) -> list[Tensor]:  #
     return list(share_out(want.repeat_interleave(H), n, low, high).view(len(scored), H))
 
 
+def by_rank_in_layers(scored: Sequence[Scored], n: int) -> list[Tensor]:  # -> L x [H] int64
+    """Layers share evenly, and the heads of each by one ranking."""
+    return [by_rank([part], int(each.sum()), 0)[0] for part, each in zip(scored, evenly(scored, n), strict=True)]
+
+
 def bounds(scored: Sequence[Scored]) -> tuple[Tensor, Tensor]:  # -> [L] int64, [L] int64
     """The fewest and the most entries that all heads of a layer can hold alike; on the CPU."""
     low, high = torch.stack([part.low for part in scored]), torch.stack([part.high for part in scored])

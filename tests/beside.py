@@ -93,9 +93,14 @@ def ours(model: Model, job: dict[str, Any], recipes: Sequence[str]) -> Iterator[
 
 def ask(model: Model, prefix: Prefix, full: Prefix, question: dict[str, Any], said: Answer) -> dict[str, Any]:
     mine = answer(model, prefix, question["ids"], Sampling(n=question["n"]))
-    found = expected(model, prefix, full, [*question["ids"], *said.ids], len(said.ids))
-    divergence = {name: float(found[name].float().mean()) for name in ("kl", "top1")}
-    return {"ids": mine.ids, "seconds": mine.seconds - mine.first_seconds, **divergence}
+    found = divergence(model, prefix, full, question["ids"], said.ids)
+    return {"ids": mine.ids, "seconds": mine.seconds - mine.first_seconds, **found}
+
+
+def divergence(model: Model, prefix: Prefix, full: Prefix, ids: Sequence[int], said: Sequence[int]) -> dict[str, float]:
+    """As `peer.divergence`, along what follows these ids."""
+    found = expected(model, prefix, full, [*ids, *said], len(said))
+    return {name: float(found[name].float().mean()) for name in ("kl", "top1")}
 
 
 def nbytes(prefix: Prefix) -> int:

@@ -18,7 +18,8 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from beside import DTYPE, make_job, theirs
+from beside import DTYPE, divergence, make_job, theirs
+from peer import next_of
 
 import kvcli
 import kvcli.api
@@ -26,7 +27,6 @@ from kvcli.header import summary as summary_of
 from kvcli.model.batch import answers
 from kvcli.model.load import Model, load
 from kvcli.model.prefix import Prefix
-from kvcli.model.resume import expected
 from kvcli.model.text import plain_ids
 from kvcli.recipe import Recipe, collect_of
 from kvcli.stamp import stamp
@@ -89,7 +89,8 @@ def ours(model: Model, job: dict[str, Any], cells: Sequence[tuple[str, float]]) 
             found = [divergence(model, prefix, reference, a, b) for a, b in zip(ids, wanted, strict=True)]
             pairs = [{"ids": its, **apart} for its, apart in zip(said, found, strict=True)]
             row = {"case": case["name"], "method": recipe, "budget": keep, "bytes": kv_bytes(small), **seconds}
-            ahead = divergence(model, prefix, reference, case["continuation"][:1], case["continuation"][1:])
+            first, rest = next_of(case)
+            ahead = divergence(model, prefix, reference, first["ids"], rest)
             yield {**row, "answers": pairs, "continuation": ahead}
 
 
@@ -98,11 +99,6 @@ def kv_bytes(snapshot: kvcli.api.Snapshot) -> int:
     if snapshot.file is None:
         return sum(rows.k.nbytes + rows.v.nbytes for rows in snapshot.rows)
     return int(summary_of(snapshot.file.header, snapshot.meta)["kv_bytes"])
-
-
-def divergence(model: Model, prefix: Prefix, full: Prefix, ids: Sequence[int], said: Sequence[int]) -> dict[str, float]:
-    found = expected(model, prefix, full, [*ids, *said], len(said))
-    return {name: float(found[name].float().mean()) for name in ("kl", "top1")}
 
 
 def summary(rows: Sequence[dict[str, Any]], cases: Sequence[Case], tokenizer: Any) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..options import AtLeast1, Odd
 from ..registry import Ask, Scored, Source, allocate, score
-from ..shares import by_rank, evenly
+from ..shares import by_rank, by_rank_in_layers
 from ..snapshot import LayerKV, Stats, top_mask
 from ..window import before_window, last_queries, smooth, weights
 
@@ -47,7 +47,7 @@ score(name="layer-defensivekv", needs=("q_last", "value_norm"), source=SOURCE, b
 @allocate(source=SOURCE)
 def defensivekv(scored: Sequence[Scored], n: int, ask: Ask) -> list[Tensor]:
     """The heads of a layer share its entries by one ranking."""
-    return [by_rank([part], int(each.sum()), 0)[0] for part, each in zip(scored, evenly(scored, n), strict=True)]
+    return by_rank_in_layers(scored, n)
 
 
 @allocate(name="layer-defensivekv", source=SOURCE)

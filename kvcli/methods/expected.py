@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InfeasibleError
 from ..kernels.banded import capped
 from ..options import AtLeast1, Share
 from ..registry import Ask, Scored, Source, score
-from ..rotations import Average, ahead
+from ..rotations import Average, ahead, need_freq
 from ..snapshot import LayerKV, Stats
 
 SOURCE = Source("arXiv:2510.00636", 2025, checked="worked examples, kvpress")
@@ -48,12 +47,7 @@ def expected(
 
 @expected.check
 def check(ask: Ask, **_: Any) -> None:
-    if ask.freq is None:
-        raise InfeasibleError(
-            f"expected needs the frequencies of the model's rotation ({ask.rope.get('rope_type', 'none')!s:.40})",
-            "this snapshot does not hold them: an older kvcli made it, or they depend on the length or the layer",
-            "prefill again, or use another method",
-        )
+    need_freq(ask, "expected", "another method")
 
 
 def log_expected(kv: LayerKV, mean: Tensor, cov: Tensor, ask: Ask) -> Tensor:  # [Hq, D], [Hq, D, D] -> [Hq, T] float32

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import InfeasibleError
 from ..kernels.rope import rotate
 from ..options import AtLeast1, Odd, Positive
 from ..registry import Ask, Scored, Source, score
+from ..rotations import need_freq
 from ..snapshot import LayerKV, Stats
 from ..window import before_window, last_queries, received, smooth
 
@@ -59,12 +59,8 @@ def guikv(
 
 @guikv.check
 def check(ask: Ask, *, keys: str, **_: Any) -> None:
-    if keys == "pre" and ask.freq is None:
-        raise InfeasibleError(
-            f"keys=pre needs the frequencies of the model's rotation ({ask.rope.get('rope_type', 'none')!s:.40})",
-            "this snapshot does not hold them: an older kvcli made it, or they depend on the length or the layer",
-            "prefill again, or use keys=rotated",
-        )
+    if keys == "pre":
+        need_freq(ask, "keys=pre", "keys=rotated")
 
 
 def frames(ask: Ask, end: int) -> tuple[list[tuple[int, int]], str]:

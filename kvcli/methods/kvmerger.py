@@ -12,6 +12,7 @@ from ..kernels.rope import rotate
 from ..kernels.runs import merge_runs
 from ..options import AtLeast0, Positive
 from ..registry import Ask, Scored, Source, reduce, score
+from ..rotations import need_freq
 from ..snapshot import LayerKV, Rows, Stats, top_mask
 
 SOURCE = Source("arXiv:2407.08454", 2024, question=True, checked="worked examples")
@@ -84,12 +85,8 @@ def kvmerger(
 
 @kvmerger.check
 def check(ask: Ask, *, keys: str, **_: Any) -> None:
-    if keys == "rerotate" and ask.freq is None:
-        raise InfeasibleError(
-            f"keys=rerotate needs the frequencies of the model's rotation ({ask.rope.get('rope_type', 'none')!s:.40})",
-            "this snapshot does not hold them: an older kvcli made it, or they depend on the length or the layer",
-            "prefill again, or use keys=pivot",
-        )
+    if keys == "rerotate":
+        need_freq(ask, "keys=rerotate", "keys=pivot")
 
 
 def protected(kv: LayerKV, mass: Tensor, ask: Ask, share: float, max_run: int) -> Tensor:  # [H, T] -> [H, T] bool

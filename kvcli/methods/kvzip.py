@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import InfeasibleError
 from ..registry import Ask, Scored, Source, allocate, score
-from ..shares import by_rank, evenly
+from ..shares import by_rank, by_rank_in_layers, evenly
 from ..snapshot import LayerKV, Stats
 
 SOURCE = Source("arXiv:2505.23416", 2025, checked="worked examples, kvpress")
@@ -41,7 +41,4 @@ def kvzip(
     """One ranking over all layers and heads, or over the heads of each layer, or the same number for every head."""
     if share == "global":
         return by_rank(scored, n, 0)
-    even = evenly(scored, n)
-    if share == "uniform":
-        return even
-    return [by_rank([part], int(each.sum()), 0)[0] for part, each in zip(scored, even, strict=True)]
+    return evenly(scored, n) if share == "uniform" else by_rank_in_layers(scored, n)

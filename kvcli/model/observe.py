@@ -39,10 +39,11 @@ def prefill(
     Raises InfeasibleError for more tokens than the model reads, KvError where a layer is not finite.
     """
     need_room(model.config, len(ids), f"the document has {len(ids):,} tokens", CUT)
-    if "kvzip" in collect:
+    repeats = "kvzip" in collect
+    if repeats:
         room_to_repeat(model, len(ids), *seq[:2])
     layers = [ObservedLayer(len(ids), window) for window in windows(model.config)]
-    tokens, total = torch.tensor(ids, dtype=torch.int32), len(ids) * (1 + ("kvzip" in collect))
+    tokens, total = torch.tensor(ids, dtype=torch.int32), len(ids) * (1 + repeats)
     with collecting(model, layers, tokens, collect, seq[0]):
         hidden = read(model, layers, tokens, chunk, lambda done, _: tick(done, total))
     probe_k, probe_v = probe(model, tokens[:IDENTITY])
@@ -51,11 +52,9 @@ def prefill(
         extra["stat.segments"] = segments
     rows, stats = [layer.rows() for layer in layers], [layer.stats() for layer in layers]
     found = Snapshot(_meta(model, tokens, seq, layers), tokens, rows, stats, extra)
-    return (
-        replay(model, found, chunk=chunk, tick=lambda done, _: tick(len(ids) + done, total))
-        if "kvzip" in collect
-        else found
-    )
+    if not repeats:
+        return found
+    return replay(model, found, chunk=chunk, tick=lambda done, _: tick(len(ids) + done, total))
 
 
 @torch.inference_mode()
